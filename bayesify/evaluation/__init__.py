@@ -1,0 +1,139 @@
+"""How good are the probabilities? Metrics, pictures and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bayesify.errors import ConfigError, DataError
+from bayesify.evaluation.collect import collect
+from bayesify.evaluation.metrics import (
+    METRICS,
+    Metric,
+    class_table,
+    classification_metrics,
+    metrics_from_scores,
+    ood_metrics,
+    regression_metrics,
+)
+from bayesify.evaluation.report import Evaluation
+from bayesify.evaluation.scores import Scores, score
+
+BASELINE = "deterministic"
+
+__all__ = [
+    "METRICS",
+    "Evaluation",
+    "Metric",
+    "Scores",
+    "classification_metrics",
+    "collect",
+    "evaluate",
+    "ood_metrics",
+    "regression_metrics",
+    "score",
+]
+
+
+def evaluate(
+    model: Any,
+    data: Iterable[Any],
+    *,
+    out_of_distribution: Iterable[Any] | None = None,
+    baseline: Any = None,
+    samples: int | None = None,
+    member_chunk: int | None = None,
+    seed: int = 0,
+    name: str = "bayesian",
+    class_names: Sequence[str] | None = None,
+    output: str | Path | None = None,
+    progress: bool = True,
+    device: torch.device | str | None = None,
+) -> Evaluation:
+    """Measure a model on labeled data, if wanted beside a baseline and against out-of-distribution data.
+
+    Args:
+        model: a Bayesian model or an ordinary network, see `collect`.
+        data: labeled batches, see `collect`: a DataLoader or a list of batches.
+        out_of_distribution: batches unlike the training data; labels in them are ignored.
+        baseline: a network to compare with, usually the one before conversion; listed as "deterministic".
+        samples: draws per member; None is the posterior mean.
+        member_chunk: members computed at a time; None is all.
+        seed: of the draws.
+        name: what the report calls the model.
+        class_names: C names; adds a table of accuracy by class.
+        output: folder for report.json, report.md and pictures.
+        progress: show bars with the time left on stderr.
+        device: where the inputs go; the default is where each model is.
+
+    Raises:
+        DataError: the data are empty or unlabeled, do not fit the model, or cannot be read again.
+        ConfigError: the model and the baseline have the same name.
+    """
+    models = {name: model}
+    if baseline is not None:
+        if name == BASELINE:
+            raise ConfigError(
+                f"name={name!r} is what the baseline is called; choose another name for the model."
+            )
+        for given, batches in (("data", data), ("out_of_distribution", out_of_distribution)):
+            if isinstance(batches, Iterator):
+                raise DataError(
+                    f"{given} is an iterator and can be read once, but the baseline reads it again. "
+                    "Give a DataLoader or a list of batches."
+                )
+        models[BASELINE] = baseline
+
+    metrics, ood, classes, predictions = {}, {}, [], {}
+    outside = None
+    task = None
+    for title, network in models.items():
+        options = {"samples": samples, "member_chunk": member_chunk, "seed": seed, "progress": progress}
+        predictive, targets = collect(network, data, task=task, device=device, description=title, **options)
+        if targets is None:
+            raise DataError("the data have no labels to compare with; `collect` predicts unlabeled data.")
+        task = task or predictive.task
+        predictions[title] = (predictive, targets)
+        if predictive.task == "regression":
+            metrics[title] = regression_metrics(predictive, targets)
+            continue
+        scores = score(predictive, targets)
+        metrics[title] = metrics_from_scores(scores)
+        if class_names is not None and title == name:
+            classes = class_table(scores, class_names)
+        if out_of_distribution is not None:
+            far, _ = collect(
+                network,
+                out_of_distribution,
+                labeled=False,
+                device=device,
+                description=f"{title}, out of distribution",
+                **options,
+            )
+            ood[title] = ood_metrics(predictive, far)
+            outside = outside or far
+
+    members, drawn, examples = predictions[name][0].outputs.shape[:3]
+    evaluation = Evaluation(
+        metrics=metrics,
+        num_examples=examples,
+        members=members,
+        samples=drawn,
+        seed=seed,
+        ood=ood,
+        classes=classes,
+        settings={
+            "task": task,
+            "samples": "posterior mean" if samples is None else samples,
+            "member_chunk": member_chunk,
+            "torch": str(torch.__version__),
+        },
+        predictions=predictions,
+        outside=outside,
+    )
+    if output is not None:
+        evaluation.save(output)
+    return evaluation

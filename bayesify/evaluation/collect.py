@@ -1,0 +1,185 @@
+"""Run a model over batches and keep what it predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor, nn
+
+from bayesify.errors import DataError
+from bayesify.predictive import Predictive, Task, check_labels
+
+
+def collect(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    samples: int | None = None,
+    member_chunk: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    device: torch.device | str | None = None,
+    task: Task | None = None,
+    labeled: bool = True,
+    description: str = "predicting",
+) -> tuple[Predictive, Tensor | None]:
+    """The predictive [K, S, B, C] of all batches and their labels [B] (None if there are none), on the CPU.
+
+    Args:
+        model: a Bayesian model (it has `predict` and `members`), or any network that returns logits [B, C],
+            alone or as `.logits`, which counts as K = S = 1. Run in eval mode, every mode restored after.
+        batches: mappings of keyword inputs, labels under "labels"; or tuples (inputs ..., labels); or inputs
+            alone, as a tensor, (inputs,) or (inputs ..., None). Labels are not shown to the model.
+        samples: draws per member; None is the posterior mean.
+        member_chunk: members computed at a time; None is all.
+        seed: batch i is predicted with seed + i, so the same batches give the same numbers.
+        progress: show a bar with the time left on stderr.
+        device: where the inputs go; the default is where the model is.
+        task: how an ordinary network's outputs are read; None: as a regression if the labels are real-valued.
+        labeled: False drops labels unread, for data whose classes are not the model's.
+        description: the text beside the bar.
+
+    Raises:
+        DataError: no examples, an unreadable batch or output, labels out of range or in some batches only.
+    """
+    where = torch.device(device) if device is not None else _device(model)
+    predictions: list[Predictive] = []
+    labels: list[Tensor | None] = []
+    with _evaluating(model), torch.no_grad():
+        for index, batch in enumerate(_tracked(batches, description, progress)):
+            args, kwargs, target = _split(batch)
+            if not labeled:
+                target = None
+            args, kwargs = _to(args, where), _to(kwargs, where)
+            if hasattr(model, "predict") and hasattr(model, "members"):
+                prediction = model.predict(
+                    *args, **kwargs, samples=samples, member_chunk=member_chunk, seed=seed + index
+                )
+            else:
+                real = target is not None and target.is_floating_point()
+                read_as = task or ("regression" if real else "classification")
+                prediction = _plain(model(*args, **kwargs), read_as)
+            if target is not None:
+                _check(prediction, target, index)
+                target = target.cpu()
+            predictions.append(prediction.to("cpu"))
+            labels.append(target)
+
+    known = [label for label in labels if label is not None]
+    if known and len(known) < len(labels):
+        raise DataError(f"only {len(known)} of {len(labels)} batches have labels; label all of them or none.")
+    predictive = Predictive.cat(predictions)
+    if len(predictive) == 0:
+        raise DataError("there is no example in the data: every batch is empty.")
+    return predictive, torch.cat(known) if known else None
+
+
+def _split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+    """(positional inputs, keyword inputs, labels) of a batch."""
+    if isinstance(batch, Mapping):
+        kwargs = {str(key): value for key, value in batch.items()}
+        target = kwargs.pop("labels", None)
+        args: tuple[Any, ...] = ()
+    elif isinstance(batch, (tuple, list)) and len(batch) > 0:
+        args, target = (tuple(batch[:-1]), batch[-1]) if len(batch) > 1 else (tuple(batch), None)
+        kwargs = {}
+    elif isinstance(batch, Tensor):
+        args, kwargs, target = (batch,), {}, None
+    else:
+        raise DataError(
+            "a batch must be a mapping of inputs, a tuple (inputs ..., labels) or a tensor; "
+            f"found {type(batch).__name__}."
+        )
+    if not args and not kwargs:
+        raise DataError("a batch holds no inputs, only labels.")
+    if target is not None and not isinstance(target, Tensor):
+        raise DataError(
+            f"labels must be a tensor; found {type(target).__name__}. "
+            "The last entry of a tuple is read as the labels: end it with None if there are none."
+        )
+    return args, kwargs, target
+
+
+def _plain(output: Any, task: Task) -> Predictive:
+    """The output of an ordinary network as a predictive of one member and one sample."""
+    logits: Any = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.dim() == 0:
+        raise DataError(
+            f"the model must return a tensor of logits [batch, classes], or an object with .logits; "
+            f"found {type(output).__name__}. Wrap it in a module that picks the logits."
+        )
+    if task == "regression" and logits.dim() == 1:
+        logits = logits.unsqueeze(-1)
+    if logits.dim() < 2:
+        raise DataError(f"logits must have shape [batch, classes]; found {tuple(logits.shape)}.")
+    return Predictive(logits[None, None], task)
+
+
+def _check(prediction: Predictive, target: Tensor, index: int) -> None:
+    """Fail on the batch that is wrong, not after the whole data set has been run."""
+    if target.dim() == 0 or len(target) != len(prediction):
+        raise DataError(
+            f"batch {index} has labels of shape {tuple(target.shape)} for {len(prediction)} examples."
+        )
+    if prediction.task == "classification" and not target.is_floating_point():
+        check_labels(target, prediction.outputs.shape[-1])
+
+
+def _device(model: Any) -> torch.device:
+    if isinstance(model, nn.Module):
+        for tensors in (model.parameters(), model.buffers()):
+            for tensor in tensors:
+                return tensor.device
+    return torch.device("cpu")
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if hasattr(value, "to"):  # tensors, packed sequences, tokenizer encodings
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _to(entry, device) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)([_to(entry, device) for entry in value])
+    return value
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Eval mode inside; afterwards each submodule has its own mode back, as some may be frozen in eval."""
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        if modes:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _tracked(batches: Iterable[Any], description: str, progress: bool) -> Iterator[Any]:
+    try:
+        total = len(batches)  # type: ignore[arg-type]
+    except TypeError:  # a generator, or a loader over a stream
+        total = None
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bar:
+        yield from bar.track(batches, total=total, description=description)

@@ -1,0 +1,12 @@
+"""Rank-1 equivalents of linear, convolutional and recurrent layers. Importing this fills the registry."""
+
+from bayesify.layers import conv, linear, recurrent
+from bayesify.layers.registry import Rank1Layer as Rank1Layer
+from bayesify.layers.registry import attach as attach
+from bayesify.layers.registry import detach as detach
+from bayesify.layers.registry import is_exact as is_exact
+from bayesify.layers.registry import is_linear as is_linear
+from bayesify.layers.registry import original_class as original_class
+from bayesify.layers.registry import rank1 as rank1
+from bayesify.layers.registry import rank1_class as rank1_class
+from bayesify.layers.site import Site as Site

@@ -1,0 +1,107 @@
+"""Rank-1 convolutions: s has one entry an input channel, r one an output channel, shared by all positions and taps.
+
+Grouped and depth-wise convolutions obey the same rule, as if the block-diagonal kernel were written out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayesify.errors import BayesifyError
+from bayesify.layers.registry import Rank1Layer, rank1
+
+
+class _Rank1Conv(Rank1Layer):
+    """y = r ∘ conv(s ∘ x) + b for x [N, in, ...], s [N, in], r [N, out]."""
+
+    channel_dim = 1
+
+    @classmethod
+    def sizes(cls, layer: Any) -> dict[str, tuple[int, int]]:
+        return {"weight": (layer.in_channels, layer.out_channels)}
+
+    @classmethod
+    def probe_input(cls, layer: Any) -> Tensor | None:
+        parameter = next(layer.parameters())
+        extent = [d * (k - 1) + 1 + s for d, k, s in zip(layer.dilation, layer.kernel_size, layer.stride, strict=True)]
+        return torch.empty(2, layer.in_channels, *extent, dtype=parameter.dtype, device=parameter.device)
+
+    def _check(self, x: Tensor) -> None:
+        spatial = len(self.kernel_size)  # type: ignore[arg-type]
+        if x.dim() != spatial + 2:
+            raise BayesifyError(
+                f"a rank-1 {type(self).__name__} needs a batched input of {spatial + 2} dimensions; "
+                f"found {tuple(x.shape)}. Add the batch dimension."
+            )
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        self._check(x)
+        site = self.site
+        y = self._conv_forward(site.scale_inputs(x, 1), self.weight, None)  # type: ignore[operator]
+        return site.scale_outputs(y, self.bias, 1)  # type: ignore[arg-type]
+
+    def folded(self, name: str, s: Tensor | None, r: Tensor | None) -> Tensor:
+        """W ∘ (r sᵀ) for W [out, in / groups, ...]."""
+        weight: Tensor = getattr(self, name)
+        out_channels, per_group, groups = weight.shape[0], weight.shape[1], self.groups
+        blocks = weight.reshape(groups, out_channels // groups, per_group, -1)  # type: ignore[operator]
+        if s is not None:
+            blocks = blocks * s.to(weight.dtype).view(groups, 1, per_group, 1)
+        if r is not None:
+            blocks = blocks * r.to(weight.dtype).view(groups, -1, 1, 1)
+        return blocks.reshape(weight.shape)
+
+
+class _Rank1ConvTranspose(_Rank1Conv):
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:  # type: ignore[override]
+        self._check(x)
+        site = self.site
+        spatial = len(self.kernel_size)  # type: ignore[arg-type]
+        output_padding = self._output_padding(  # type: ignore[operator]
+            x, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
+        )
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
+        scaled = site.scale_inputs(x, 1)
+        y = convolve(
+            scaled, self.weight, None, self.stride, self.padding, output_padding, self.groups, self.dilation  # type: ignore[arg-type]
+        )
+        return site.scale_outputs(y, self.bias, 1)  # type: ignore[arg-type]
+
+    def folded(self, name: str, s: Tensor | None, r: Tensor | None) -> Tensor:
+        """W ∘ (r sᵀ) for W [in, out / groups, ...]."""
+        weight: Tensor = getattr(self, name)
+        in_channels, per_group, groups = weight.shape[0], weight.shape[1], self.groups
+        blocks = weight.reshape(groups, in_channels // groups, per_group, -1)  # type: ignore[operator]
+        if s is not None:
+            blocks = blocks * s.to(weight.dtype).view(groups, -1, 1, 1)
+        if r is not None:
+            blocks = blocks * r.to(weight.dtype).view(groups, 1, per_group, 1)
+        return blocks.reshape(weight.shape)
+
+
+@rank1(nn.Conv1d)
+class Rank1Conv1d(_Rank1Conv, nn.Conv1d): ...
+
+
+@rank1(nn.Conv2d)
+class Rank1Conv2d(_Rank1Conv, nn.Conv2d): ...
+
+
+@rank1(nn.Conv3d)
+class Rank1Conv3d(_Rank1Conv, nn.Conv3d): ...
+
+
+@rank1(nn.ConvTranspose1d)
+class Rank1ConvTranspose1d(_Rank1ConvTranspose, nn.ConvTranspose1d): ...
+
+
+@rank1(nn.ConvTranspose2d)
+class Rank1ConvTranspose2d(_Rank1ConvTranspose, nn.ConvTranspose2d): ...
+
+
+@rank1(nn.ConvTranspose3d)
+class Rank1ConvTranspose3d(_Rank1ConvTranspose, nn.ConvTranspose3d): ...

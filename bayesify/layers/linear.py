@@ -1,0 +1,62 @@
+"""Rank-1 dense layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayesify.layers.registry import Rank1Layer, rank1
+
+
+@rank1(nn.Linear)
+class Rank1Linear(Rank1Layer, nn.Linear):
+    """y = r ∘ (W (s ∘ x)) + b for x [N, ..., in], W [out, in], s [N, in], r [N, out] (paper Fig. 2)."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        site = self.site
+        return site.scale_outputs(F.linear(site.scale_inputs(x), self.weight), self.bias)
+
+    @classmethod
+    def sizes(cls, layer: Any) -> dict[str, tuple[int, int]]:
+        return {"weight": (layer.in_features, layer.out_features)}
+
+    @classmethod
+    def probe_input(cls, layer: Any) -> Tensor | None:
+        return torch.empty(2, layer.in_features, dtype=_dtype(layer), device=_device(layer))
+
+    def folded(self, name: str, s: Tensor | None, r: Tensor | None) -> Tensor:
+        return fold_matrix(getattr(self, name), s, r)
+
+
+@rank1("transformers.pytorch_utils.Conv1D")
+class Rank1Conv1DMatrix(Rank1Layer):
+    """transformers' `Conv1D`, a dense layer with its weight stored as [in, out]."""
+
+    @classmethod
+    def sizes(cls, layer: Any) -> dict[str, tuple[int, int]]:
+        return {"weight": (layer.weight.shape[0], layer.weight.shape[1])}
+
+    @classmethod
+    def probe_input(cls, layer: Any) -> Tensor | None:
+        return layer.weight.new_empty(2, layer.weight.shape[0])
+
+    def folded(self, name: str, s: Tensor | None, r: Tensor | None) -> Tensor:
+        return fold_matrix(getattr(self, name).t(), s, r).t().contiguous()
+
+
+def fold_matrix(weight: Tensor, s: Tensor | None, r: Tensor | None) -> Tensor:
+    """W ∘ (r sᵀ) for W [out, in]."""
+    if s is not None:
+        weight = weight * s.to(weight.dtype)
+    return weight if r is None else weight * r.to(weight.dtype)[:, None]
+
+
+def _dtype(layer: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in layer.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def _device(layer: nn.Module) -> torch.device:
+    return next((p.device for p in layer.parameters()), torch.device("cpu"))

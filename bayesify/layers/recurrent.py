@@ -1,0 +1,339 @@
+"""Rank-1 recurrent layers: factors on W_ih, W_hh (and W_hr) of every layer and direction, drawn once per sequence.
+
+One s a kernel is shared by all gates; r has one entry for each gate and unit. Two ways to compute the same thing:
+
+* few draws (members): fold W ∘ r sᵀ and call the layer's own fused kernel once a draw;
+* one draw a sequence: run the cells step by step, all sequences at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from bayesify.errors import BayesifyError
+from bayesify.layers.linear import fold_matrix
+from bayesify.layers.registry import Rank1Layer, is_exact, original_class, rank1
+from bayesify.layers.site import Site, repeat_rows
+
+State = Any
+"""Initial or final state: a tensor, a pair of tensors (LSTM) or None."""
+
+
+class _Recurrent(Rank1Layer):
+    """What layers and cells share: several weights, and folding a draw into them."""
+
+    @classmethod
+    def sizes(cls, layer: Any) -> dict[str, tuple[int, int]]:
+        weights = {name: p for name, p in layer.named_parameters(recurse=False) if name.startswith("weight")}
+        return {name: (p.shape[1], p.shape[0]) for name, p in weights.items()}
+
+    def folded(self, name: str, s: Tensor | None, r: Tensor | None) -> Tensor:
+        return fold_matrix(getattr(self, name), s, r)
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        return dict(self.rank1.items())  # type: ignore[arg-type]
+
+    @property
+    def draws(self) -> int:
+        """R, the number of draws in force (the largest among the sites)."""
+        return max(site.rows for site in self.sites.values())
+
+    @property
+    def members(self) -> int:
+        return max(site.members for site in self.sites.values())
+
+    @contextmanager
+    def _weights_of(self, draw: int) -> Iterator[None]:
+        """Put the weights folded with one draw in place, so that the layer's own forward uses them."""
+        folded = {
+            name: self.folded(name, *site.vectors(min(draw, site.rows - 1))) for name, site in self.sites.items()
+        }
+        before = {name: self._parameters[name] for name in folded}
+        flat = getattr(self, "_flat_weights", None)
+        try:
+            self._parameters.update(folded)  # type: ignore[arg-type]
+            if flat is not None:
+                names = self._flat_weights_names
+                self.__dict__["_flat_weights"] = [self._parameters[name] for name in names]  # type: ignore[union-attr]
+            yield
+        finally:
+            self._parameters.update(before)
+            if flat is not None:
+                self.__dict__["_flat_weights"] = flat
+
+
+# ------------------------------------------------------------------------------------------------ one step
+
+
+def _lstm(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    i, f, g, o = (gx + gh).chunk(4, -1)
+    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _gru(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    (xr, xz, xn), (hr, hz, hn) = gx.chunk(3, -1), gh.chunk(3, -1)
+    z = (xz + hz).sigmoid()
+    n = (xn + (xr + hr).sigmoid() * hn).tanh()
+    return (n + z * (state[0] - n),)
+
+
+def _tanh(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return ((gx + gh).tanh(),)
+
+
+def _relu(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return ((gx + gh).relu(),)
+
+
+def _step(layer: nn.Module) -> Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """The arithmetic after the gate kernels: gates from x, gates from h, old state -> new state (h first)."""
+    if isinstance(layer, (nn.LSTM, nn.LSTMCell)):
+        return _lstm
+    if isinstance(layer, (nn.GRU, nn.GRUCell)):
+        return _gru
+    return _tanh if layer.nonlinearity == "tanh" else _relu
+
+
+class _Kernel:
+    """One gate kernel with its draw repeated to the rows of the batch (in the order of a packed sequence)."""
+
+    def __init__(self, layer: _Recurrent, name: str, rows: int, order: Tensor | None, dtype: torch.dtype) -> None:
+        site: Site = layer.rank1[name]  # type: ignore[assignment]
+        self.weight: Tensor = getattr(layer, name)
+        self.bias: Tensor | None = getattr(layer, name.replace("weight", "bias"), None)
+        vectors = [None if f is None else repeat_rows(f.value(), rows).to(dtype) for f in (site.s, site.r)]
+        # A draw of one row broadcasts; any other follows the order in which the packed sequence holds its rows.
+        self.s, self.r = (
+            v if v is None or order is None or v.shape[0] == 1 else v.index_select(0, order) for v in vectors
+        )
+
+    def __call__(self, x: Tensor, index: Tensor | slice) -> Tensor:
+        """r ∘ (W (s ∘ x)) + b for x [n, in], the rows of the draw given by `index`."""
+        s = self.s if self.s is None or self.s.shape[0] == 1 else self.s[index]
+        r = self.r if self.r is None or self.r.shape[0] == 1 else self.r[index]
+        y = F.linear(x if s is None else x * s, self.weight)
+        if r is not None:
+            y = y * r
+        return y if self.bias is None else y + self.bias
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+class _Rank1RNN(_Recurrent):
+    """LSTM, GRU and RNN with layers, directions, projections, packed sequences and given initial states."""
+
+    def forward(self, input: Tensor | PackedSequence, hx: State = None) -> tuple[Any, State]:  # type: ignore[override]
+        if isinstance(input, Tensor) and input.dim() != 3:
+            raise BayesifyError(f"a rank-1 recurrent layer needs a batched input [N, T, in]; found {tuple(input.shape)}.")
+        if self.draws > self.members and is_exact(original_class(type(self))):
+            return self._by_steps(input, hx)
+        return self._by_draws(input, hx)
+
+    @classmethod
+    def own_forward(cls) -> Callable[..., Any]:
+        return _Rank1RNN.forward
+
+    def _by_draws(self, input: Tensor | PackedSequence, hx: State) -> tuple[Any, State]:
+        """Fold each draw and call the layer's own forward on the rows that share it."""
+        draws = self.draws
+        if draws == 1:
+            with self._weights_of(0):
+                return super(Rank1Layer, self).forward(input, hx)  # type: ignore[misc]
+        lengths = None
+        batch_dim = 0 if self.batch_first else 1
+        x: Tensor = input  # type: ignore[assignment]
+        if isinstance(input, PackedSequence):
+            x, lengths = pad_packed_sequence(input, batch_first=bool(self.batch_first))
+        rows = _rows_per_draw(x.shape[batch_dim], draws)
+        outputs, states = [], []
+        for draw in range(draws):
+            part: Any = x.narrow(batch_dim, draw * rows, rows)
+            if lengths is not None:
+                here = lengths[draw * rows : (draw + 1) * rows]
+                part = pack_padded_sequence(part, here, bool(self.batch_first), enforce_sorted=False)
+            state = _map_state(hx, lambda t, d=draw: t.narrow(1, d * rows, rows).contiguous())
+            with self._weights_of(draw):
+                output, state = super(Rank1Layer, self).forward(part, state)  # type: ignore[misc]
+            if lengths is not None:
+                output, _ = pad_packed_sequence(output, bool(self.batch_first), total_length=x.shape[1 - batch_dim])
+            outputs.append(output)
+            states.append(state)
+        output = torch.cat(outputs, batch_dim)
+        if isinstance(input, PackedSequence):
+            output = _pack_like(output, input, batch_dim)
+        if isinstance(states[0], tuple):
+            return output, tuple(torch.cat(parts, 1) for parts in zip(*states, strict=True))
+        return output, torch.cat(states, 1)
+
+    def _by_steps(self, input: Tensor | PackedSequence, hx: State) -> tuple[Any, State]:
+        """Run the cells over time on all rows at once. Legend: n rows active at a step, total = Σ n over steps."""
+        if isinstance(input, PackedSequence):
+            data, sizes, order = input.data, input.batch_sizes.tolist(), input.sorted_indices
+        else:
+            steps_first = input.transpose(0, 1) if self.batch_first else input
+            data, sizes, order = steps_first.flatten(0, 1), [steps_first.shape[1]] * steps_first.shape[0], None
+        rows = sizes[0]
+        index = torch.cat([torch.arange(n, device=data.device) for n in sizes])
+        initial = self._initial_state(hx, rows, order, data)
+        directions = 2 if self.bidirectional else 1
+        finals: list[tuple[Tensor, ...]] = []
+        num_layers: int = self.num_layers  # type: ignore[assignment]
+        for number in range(num_layers):
+            outputs = []
+            for direction in range(directions):
+                name = f"l{number}{'_reverse' if direction else ''}"
+                state = tuple(part[number * directions + direction] for part in initial)
+                output, state = self._scan(name, data, sizes, index, state, order, reverse=bool(direction))
+                outputs.append(output)
+                finals.append(state)
+            data = torch.cat(outputs, -1)
+            if self.dropout and number < num_layers - 1:
+                data = F.dropout(data, self.dropout, self.training)  # type: ignore[arg-type]
+        final = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+        if isinstance(input, PackedSequence):
+            if input.unsorted_indices is not None:
+                final = tuple(part.index_select(1, input.unsorted_indices) for part in final)
+            output = PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+        else:
+            output = data.unflatten(0, (len(sizes), rows))
+            output = output.transpose(0, 1) if self.batch_first else output
+        return output, final if isinstance(self, nn.LSTM) else final[0]
+
+    def _scan(
+        self,
+        name: str,
+        data: Tensor,
+        sizes: list[int],
+        index: Tensor,
+        state: tuple[Tensor, ...],
+        order: Tensor | None,
+        reverse: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One layer in one direction: data [total, in] -> output [total, out] and the final state."""
+        kernels = {
+            part: _Kernel(self, f"weight_{part}_{name}", sizes[0], order, data.dtype)
+            for part in ("ih", "hh", "hr")
+            if f"weight_{part}_{name}" in self.rank1
+        }
+        step, project = _step(self), kernels.get("hr")
+        gates = kernels["ih"](data, index).split(sizes)
+        outputs: list[Tensor] = []
+        for gate in reversed(gates) if reverse else gates:
+            n = gate.shape[0]
+            active = tuple(part[:n] for part in state)
+            new = step(gate, kernels["hh"](active[0], slice(0, n)), active)
+            if project is not None:
+                new = (project(new[0], slice(0, n)), *new[1:])
+            outputs.append(new[0])
+            # Rows beyond n have ended (forward) or not begun (reverse): they keep their state.
+            state = tuple(torch.cat([a, b[n:]]) if n < b.shape[0] else a for a, b in zip(new, state, strict=True))
+        return torch.cat(outputs[::-1] if reverse else outputs), state
+
+    def _initial_state(self, hx: State, rows: int, order: Tensor | None, data: Tensor) -> tuple[Tensor, ...]:
+        if hx is None:
+            layers = self.num_layers * (2 if self.bidirectional else 1)  # type: ignore[operator]
+            sizes = [self.proj_size or self.hidden_size] + ([self.hidden_size] if isinstance(self, nn.LSTM) else [])
+            return tuple(data.new_zeros(layers, rows, size) for size in sizes)  # type: ignore[arg-type]
+        states = hx if isinstance(hx, tuple) else (hx,)
+        return states if order is None else tuple(part.index_select(1, order) for part in states)
+
+
+@rank1(nn.LSTM)
+class Rank1LSTM(_Rank1RNN, nn.LSTM): ...
+
+
+@rank1(nn.GRU)
+class Rank1GRU(_Rank1RNN, nn.GRU): ...
+
+
+@rank1(nn.RNN)
+class Rank1RNN(_Rank1RNN, nn.RNN): ...
+
+
+# ------------------------------------------------------------------------------------------------ cells
+
+
+class _Rank1Cell(_Recurrent):
+    """A single step; several calls in one forward share one draw."""
+
+    def forward(self, input: Tensor, hx: State = None) -> State:  # type: ignore[override]
+        if input.dim() != 2:
+            raise BayesifyError(f"a rank-1 recurrent cell needs a batched input [N, in]; found {tuple(input.shape)}.")
+        rows = input.shape[0]
+        lstm = isinstance(self, nn.LSTMCell)
+        if hx is None:
+            hx = input.new_zeros(rows, self.hidden_size)  # type: ignore[arg-type]
+            hx = (hx, hx) if lstm else hx
+        state = hx if lstm else (hx,)
+        everything = slice(0, rows)
+        gx, gh = (
+            _Kernel(self, name, rows, None, input.dtype)(value, everything)
+            for name, value in (("weight_ih", input), ("weight_hh", state[0]))
+        )
+        new = _step(self)(gx, gh, state)
+        return new if lstm else new[0]
+
+    def _own(self, input: Tensor, hx: State = None) -> State:
+        """For a subclass: its own forward, once a draw, with the draw folded into its weights."""
+        rows = _rows_per_draw(input.shape[0], self.draws)
+        parts = []
+        for draw in range(self.draws):
+            here = slice(draw * rows, (draw + 1) * rows)
+            with self._weights_of(draw):
+                parts.append(super(Rank1Layer, self).forward(input[here], _map_state(hx, lambda t, h=here: t[h])))  # type: ignore[misc]
+        if isinstance(parts[0], tuple):
+            return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        return torch.cat(parts)
+
+    @classmethod
+    def own_forward(cls) -> Callable[..., Any]:
+        return _Rank1Cell._own
+
+
+@rank1(nn.LSTMCell)
+class Rank1LSTMCell(_Rank1Cell, nn.LSTMCell): ...
+
+
+@rank1(nn.GRUCell)
+class Rank1GRUCell(_Rank1Cell, nn.GRUCell): ...
+
+
+@rank1(nn.RNNCell)
+class Rank1RNNCell(_Rank1Cell, nn.RNNCell): ...
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+
+def _rows_per_draw(rows: int, draws: int) -> int:
+    if rows % draws:
+        raise BayesifyError(
+            f"a rank-1 recurrent layer got {rows} rows, which is no multiple of the {draws} draws of its factors. "
+            "Call the BayesianModel, not the network inside it."
+        )
+    return rows // draws
+
+
+def _map_state(hx: State, function: Callable[[Tensor], Tensor]) -> State:
+    if hx is None:
+        return None
+    return tuple(map(function, hx)) if isinstance(hx, tuple) else function(hx)
+
+
+def _pack_like(padded: Tensor, like: PackedSequence, batch_dim: int) -> PackedSequence:
+    """Pack padded outputs in the exact layout of another packed sequence."""
+    if like.sorted_indices is not None:
+        padded = padded.index_select(batch_dim, like.sorted_indices)
+    lengths = (like.batch_sizes.unsqueeze(1) > torch.arange(padded.shape[batch_dim])).sum(0)
+    data = pack_padded_sequence(padded, lengths, batch_first=batch_dim == 0, enforce_sorted=True).data
+    return PackedSequence(data, like.batch_sizes, like.sorted_indices, like.unsorted_indices)
