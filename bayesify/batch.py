@@ -1,0 +1,171 @@
+"""Rows of a batch: expand B examples to K·B rows, and reduce K·B rows of output to the predictive.
+
+Member-major everywhere: row k·B + i is member k, example i. Labels are expanded like any other input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from bayesify.errors import DataError
+from bayesify.predictive import Task
+
+_SHARED_INPUTS = {"cache_position"}
+"""Inputs that never carry the batch, whatever their length."""
+
+
+class Rows:
+    """Where the batch is in a model's inputs and outputs: the first dimension, but for a bare recurrent layer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.main = getattr(model, "main_input_name", None)
+        self.recurrent = isinstance(model, nn.RNNBase)
+        self.input_dim = 0 if not self.recurrent or model.batch_first else 1
+
+    def batch_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        """B, read from the main input or else the first tensor."""
+        main = kwargs.get(self.main) if isinstance(self.main, str) else None
+        for value in (main, *args, *kwargs.values()):
+            for leaf in _leaves(value):
+                if isinstance(leaf, PackedSequence):
+                    return int(leaf.batch_sizes[0])
+                if leaf.dim() > self.input_dim:
+                    return leaf.shape[self.input_dim]
+        raise DataError("found no tensor with a batch dimension among the inputs; expected examples in the first one.")
+
+    def expand(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], members: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Repeat every input that carries the batch `members` times."""
+        if members == 1:
+            return args, dict(kwargs)
+        batch = self.batch_size(args, kwargs)
+        expanded = tuple(
+            map_tensors(value, lambda t, d=self._dim(i): _repeat(t, batch, members, d)) for i, value in enumerate(args)
+        )
+        named = {
+            name: value
+            if name in _SHARED_INPUTS
+            else map_tensors(value, lambda t, d=self._dim(name): _repeat(t, batch, members, d))
+            for name, value in kwargs.items()
+        }
+        return expanded, named
+
+    def reduce(self, output: Any, members: int, batch: int, task: Task | None) -> Any:
+        """Average an output of K·B rows over members, in its own type: log of the mean probability as logits."""
+        if self.recurrent:
+            first = map_tensors(output[0], lambda t: _mean(t, members, self.input_dim))
+            return first, map_tensors(output[1], lambda t: _mean(t, members, 1))
+        return _reduce(output, members, batch, task, named_logits=_has_logits(output))
+
+    def outputs(self, output: Any) -> Tensor:
+        """The tensor that predictions are made of: `logits` where there are any, otherwise the first tensor."""
+        if _has_logits(output):
+            return output["logits"] if isinstance(output, Mapping) else output.logits
+        for leaf in _leaves(output):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                return leaf
+        raise DataError(f"found no tensor of real values in the model's output ({type(output).__name__}).")
+
+    def _dim(self, name: int | str) -> int:
+        return 1 if self.recurrent and name in (1, "hx") else self.input_dim
+
+
+def resolve_task(output: Tensor, task: Task | None) -> Task:
+    """Without a given task, [B, C] with several columns are logits of classes; anything else is averaged."""
+    if task is not None:
+        return task
+    return "classification" if output.dim() == 2 and output.shape[-1] > 1 else "regression"
+
+
+def mean_log_probs(logits: Tensor, members: int) -> Tensor:
+    """log (1/K Σ_k softmax(logits_k)) for logits [K·B, ..., C], in float32 and back."""
+    log_probs = logits.unflatten(0, (members, -1)).float().log_softmax(-1)
+    return (log_probs.logsumexp(0) - math.log(members)).to(logits.dtype)
+
+
+def map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to every tensor (or packed sequence) in nested tuples, lists, mappings and dataclasses."""
+    if isinstance(value, (Tensor, PackedSequence)):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, function) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(item, function) for item in value)
+    if isinstance(value, Mapping):
+        items = {name: map_tensors(item, function) for name, item in value.items()}
+        return type(value)(**items) if dataclasses.is_dataclass(value) else type(value)(items)  # type: ignore[call-arg]
+    return value
+
+
+def _leaves(value: Any) -> list[Any]:
+    found: list[Any] = []
+    map_tensors(value, lambda t: found.append(t) or t)
+    return found
+
+
+def _has_logits(output: Any) -> bool:
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return isinstance(logits, Tensor)
+
+
+def _repeat(value: Any, batch: int, members: int, dim: int) -> Any:
+    if isinstance(value, PackedSequence):
+        padded, lengths = pad_packed_sequence(value, batch_first=True)
+        repeated = padded.repeat(members, *[1] * (padded.dim() - 1))
+        return pack_padded_sequence(repeated, lengths.repeat(members), batch_first=True, enforce_sorted=False)
+    if value.dim() <= dim or value.shape[dim] != batch:
+        return value
+    return value.repeat(*[members if d == dim else 1 for d in range(value.dim())])
+
+
+def _mean(value: Any, members: int, dim: int) -> Any:
+    if isinstance(value, PackedSequence):
+        padded, lengths = pad_packed_sequence(value, batch_first=True)
+        return pack_padded_sequence(
+            _mean(padded, members, 0), lengths[: len(lengths) // members], batch_first=True, enforce_sorted=False
+        )
+    return value.unflatten(dim, (members, -1)).float().mean(dim).to(value.dtype)
+
+
+def _reduce(output: Any, members: int, batch: int, task: Task | None, named_logits: bool) -> Any:
+    def tensor(value: Any, is_logits: bool) -> Any:
+        if isinstance(value, PackedSequence):
+            return _mean(value, members, 0)
+        if value.dim() == 0 or value.shape[0] != members * batch:
+            return value
+        if not value.is_floating_point():
+            return value[:batch]
+        if is_logits and resolve_task(value, task) == "classification":
+            return mean_log_probs(value, members)
+        return _mean(value, members, 0)
+
+    if isinstance(output, Mapping):
+        items = {
+            name: map_tensors(value, lambda t, n=name: tensor(t, n == "logits")) for name, value in output.items()
+        }
+        return type(output)(**items) if dataclasses.is_dataclass(output) else type(output)(items)  # type: ignore[call-arg]
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        fields = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+        changed = {name: map_tensors(value, lambda t, n=name: tensor(t, n == "logits")) for name, value in fields.items()}
+        return dataclasses.replace(output, **changed)
+    return map_tensors(output, lambda t: tensor(t, not named_logits))
+
+
+def member_view(value: Tensor, members: int) -> Tensor:
+    """[K·B, ...] -> [K, B, ...]."""
+    if value.shape[0] % members:
+        raise DataError(f"expected rows in multiples of {members} members; found {tuple(value.shape)}.")
+    return value.unflatten(0, (members, -1))
+
+
+def expand_rows(value: Tensor, members: int) -> Tensor:
+    """[B, ...] -> [K·B, ...], member-major."""
+    return value if members == 1 else torch.cat([value] * members)

@@ -1,0 +1,130 @@
+"""Check a conversion on example inputs: identity, reach and separation, before the caller gets the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesify.batch import Rows, map_tensors
+from bayesify.config import Rank1Config
+from bayesify.errors import ConversionError
+from bayesify.graph.inputs import Inputs
+from bayesify.graph.rewrite import restore, swap
+from bayesify.graph.sites import Plan, site_name
+
+_TOLERANCE = 1e-4
+"""Relative, for float32; 16-bit networks get 100 times as much."""
+
+
+def audit(model: nn.Module, inputs: Inputs, plan: Plan, config: Rank1Config) -> None:
+    """Try the plan on example inputs and leave the model as it was.
+
+    Sites that the inputs do not reach move to `plan.skipped`.
+
+    Raises:
+        ConversionError: with every factor at 1 a member does not reproduce the network, or an example's output depends on
+            another row's factors.
+    """
+    rows = Rows(model)
+    batch = rows.batch_size(*inputs)
+    args, kwargs = rows.expand(*inputs, 2)
+    with _Evaluating(model):
+        with torch.no_grad():
+            reference = _real(model(*inputs[0], **inputs[1]))
+        with torch.random.fork_rng(devices=[]):
+            swap(plan, config)
+        try:
+            draws = _hold_ones(plan, 2 * batch)
+            with torch.enable_grad():
+                outputs = _real(model(*args, **kwargs))
+        finally:
+            restore(list(model.modules()))
+    _check_identity(reference, outputs, rows, batch)
+    _check_reach(plan, outputs, draws, rows, batch)
+
+
+def _hold_ones(plan: Plan, rows: int) -> dict[tuple[str, str, str], Tensor]:
+    """Draws of ones [rows, d] that record gradients, by (layer, site name, side)."""
+    draws: dict[tuple[str, str, str], Tensor] = {}
+    for name, layer in plan.layers.items():
+        for weight, site in layer.rank1.items():  # type: ignore[operator]
+            for side in ("s", "r"):
+                factor = getattr(site, side)
+                if factor is not None:
+                    ones = torch.ones(rows, factor.size, device=factor.loc.device, requires_grad=True)
+                    factor.hold(ones)
+                    draws[name, site_name(name, weight), side] = ones
+    return draws
+
+
+def _check_identity(reference: list[Tensor], outputs: list[Tensor], rows: Rows, batch: int) -> None:
+    for expected, found in zip(reference, outputs, strict=True):
+        if found.dim() <= rows.input_dim or found.shape[rows.input_dim] != 2 * batch:
+            continue
+        scale = float(expected.abs().max()) or 1.0
+        tolerance = _TOLERANCE * (1 if expected.dtype == torch.float32 else 100)
+        for member in found.detach().split(batch, rows.input_dim):
+            error = float((member.float() - expected.float()).abs().max()) / scale
+            if not error <= tolerance:
+                raise ConversionError(
+                    f"with every factor at 1 the converted network differs from the original by {error:.2g} (relative; "
+                    f"expected at most {tolerance:.0e}). Leave layers out with exclude= to find the one at fault."
+                )
+
+
+def _check_reach(
+    plan: Plan, outputs: list[Tensor], draws: dict[tuple[str, str, str], Tensor], rows: Rows, batch: int
+) -> None:
+    """One backward pass from the first row alone: its own factors must move it, nobody else's may."""
+    dim = rows.input_dim
+    first = [o.select(dim, 0).float() for o in outputs if o.requires_grad and o.dim() > dim and o.shape[dim] == 2 * batch]
+    if not first:
+        raise ConversionError("no output of the network depends on its converted layers on the example inputs.")
+    generator = torch.Generator().manual_seed(0)
+    loss = sum((o * torch.randn(o.shape, generator=generator).to(o.device)).sum() for o in first)
+    gradients = torch.autograd.grad(loss, list(draws.values()), allow_unused=True)  # type: ignore[arg-type]
+    reached: set[str] = set()
+    still: set[str] = set()
+    for (layer, name, _), gradient in zip(draws, gradients, strict=True):
+        if gradient is None:
+            continue
+        reached.add(layer)
+        if float(gradient[1:].abs().max()) > 0.0:
+            raise ConversionError(
+                f"the output of one example depends on another row's factors at {name}: the batch is not in the first "
+                f"dimension there. Leave the layer out with exclude={name!r}."
+            )
+        if float(gradient[0].abs().max()) == 0.0:
+            still.add(name)
+    plan.notes.extend(f"the factors of {name} do not move the output on the example inputs" for name in sorted(still))
+    for layer in [name for name in plan.layers if name not in reached]:
+        plan.skip(layer, "not called on the example inputs")
+
+
+def _real(output: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def note(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            found.append(value)
+        return value
+
+    map_tensors(output, note)
+    return found
+
+
+class _Evaluating:
+    """Evaluation mode for a while, with every module's own mode restored after."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module, mode in self.modes.items():
+            module.training = mode

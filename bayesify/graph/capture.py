@@ -1,0 +1,131 @@
+"""Capture one forward at a time: a module's own Python as a small graph, with its children as leaves.
+
+A graph is a plan, not a replacement: it shows which weights are used without calling their layer and which layers
+see an input that does not carry the batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+_LINEAR_FUNCTIONS: set[Any] = {
+    operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, torch.mv,
+    torch.tensordot, torch.inner, F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d,
+    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.multi_head_attention_forward,
+}  # fmt: skip
+_LINEAR_NAMES = {
+    "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "mv", "linear", "bilinear", "conv1d", "conv2d", "conv3d",
+    "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "lstm", "gru", "rnn_tanh", "rnn_relu",
+    "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "_grouped_mm",
+}  # fmt: skip
+
+
+class _OneForward(fx.Tracer):
+    """The stock tracer, stopping at every child."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Use:
+    """A linear operation of the graph that reads parameters directly, without calling their layer."""
+
+    parameters: frozenset[str]
+    operation: str
+    node: fx.Node
+    carries_batch: bool
+
+
+def capture(module: nn.Module) -> fx.Graph | None:
+    """The graph of `module.forward`, or `None` where Python tracing does not get through it."""
+    try:
+        return _OneForward().trace(module)
+    except Exception:
+        # Control flow, **kwargs and foreign functions all fail in ways of their own; none of them is an error here.
+        return None
+
+
+def linear_uses(
+    nodes: Iterable[fx.Node], parameter_of: Callable[[fx.Node], str | None], is_input: Callable[[fx.Node], bool]
+) -> tuple[list[Use], list[fx.Node]]:
+    """Follow parameters and inputs through a graph.
+
+    Returns:
+        The linear operations with an operand computed from parameters alone, and the calls of child modules whose
+        arguments do not depend on any input.
+    """
+    sources: dict[fx.Node, frozenset[str]] = {}
+    batch: dict[fx.Node, bool] = {}
+    uses: list[Use] = []
+    constant_calls: list[fx.Node] = []
+    for node in nodes:
+        name = parameter_of(node)
+        operands = node.all_input_nodes
+        batch[node] = is_input(node) or any(batch[operand] for operand in operands)
+        if name is not None:
+            sources[node] = frozenset([name])
+            continue
+        sources[node] = frozenset().union(*(sources[operand] for operand in operands if not batch[operand]))
+        if node.op == "call_module" and not batch[node]:
+            constant_calls.append(node)
+        weights = [operand for operand in operands if sources[operand] and not batch[operand]]
+        if weights and is_linear_operation(node):
+            read = frozenset().union(*(sources[operand] for operand in weights))
+            uses.append(Use(read, operation_name(node), node, batch[node]))
+        if batch[node]:
+            sources[node] = frozenset()
+    return uses, constant_calls
+
+
+def is_linear_operation(node: fx.Node) -> bool:
+    if node.op == "call_function":
+        return node.target in _LINEAR_FUNCTIONS or operation_name(node) in _LINEAR_NAMES
+    return node.op == "call_method" and str(node.target).strip("_") in _LINEAR_NAMES
+
+
+def operation_name(node: fx.Node) -> str:
+    """`linear` for F.linear, for aten.linear.default and for the method of that name."""
+    if isinstance(node.target, str):
+        return node.target
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet)).rpartition(".")[2]
+
+
+def forward_names(module: nn.Module) -> set[str]:
+    """Names that the code of `forward`, and of the methods it calls, mentions.
+
+    A cheap test before an expensive one: a forward that cannot be traced and never names a parameter cannot read a
+    weight behind its layer's back.
+    """
+    seen: set[str] = set()
+    pending = ["forward"]
+    names: set[str] = set()
+    while pending:
+        method = getattr(type(module), pending.pop(), None)
+        code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+        if code is None:
+            continue
+        mentioned = _code_names(code)
+        names |= mentioned
+        own = {n for n in mentioned - seen if inspect.isroutine(getattr(type(module), n, None)) and not hasattr(nn.Module, n)}
+        seen |= own
+        pending.extend(own)
+    return names
+
+
+def _code_names(code: CodeType) -> set[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _code_names(constant)
+    return names

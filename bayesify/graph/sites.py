@@ -1,0 +1,258 @@
+"""Find the sites of a model: a plan that accounts for every weight, made without changing anything."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
+
+from bayesify.config import Rank1Config
+from bayesify.errors import ConversionError
+from bayesify.graph.capture import capture, forward_names, linear_uses
+from bayesify.graph.export import ExportedUse, export_uses
+from bayesify.graph.inputs import Inputs, derive_inputs
+from bayesify.layers import is_exact, is_linear, rank1_class
+
+_READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Layers of torch.nn whose fused code reads their children's weights without calling them."""
+
+
+@dataclass
+class Plan:
+    """Layers to convert, everything else with its reason, and how it is known."""
+
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    routes: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def skip(self, name: str, reason: str) -> None:
+        self.layers.pop(name, None)
+        self.skipped.setdefault(name, reason)
+
+    def sites(self) -> dict[str, tuple[str, tuple[int, int]]]:
+        """{site name: (kind, (input channels, output channels))}."""
+        found: dict[str, tuple[str, tuple[int, int]]] = {}
+        for name, layer in self.layers.items():
+            equivalent = rank1_class(type(layer))
+            sizes = {} if equivalent is None else equivalent.sizes(layer)
+            for weight, size in sizes.items():
+                found[site_name(name, weight)] = (type(layer).__name__, size)
+        return found
+
+
+def site_name(layer: str, weight: str) -> str:
+    """The layer's name where it has one weight, otherwise the weight's full name."""
+    return layer if weight == "weight" else f"{layer}.{weight}" if layer else weight
+
+
+def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = None) -> Plan:
+    """Plan the conversion of a model.
+
+    Raises:
+        ConversionError: no layer can be converted, or a pattern of `include` / `exclude` matches nothing.
+    """
+    plan = Plan()
+    _collect_layers(model, plan)
+    candidates = list(plan.layers)
+    _read_graphs(model, plan, inputs)
+    _check_linear(plan)
+    _apply_patterns(plan, config, candidates)
+    if not plan.layers:
+        kinds = sorted({type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None})
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:5])
+        raise ConversionError(
+            f"found no layer to convert in {type(model).__name__}. Modules with parameters: {', '.join(kinds) or 'none'}. "
+            + (f"Skipped: {reasons}. " if reasons else "")
+            + "Expected linear, convolutional or recurrent layers; register your own with @rank1."
+        )
+    return plan
+
+
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """{parameter name: the other names of the same parameter}, for parameters that have several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {n: [o for o in group if o != n] for group in names.values() if len(group) > 1 for n in group}
+
+
+# ------------------------------------------------------------------------------------------------ passes
+
+
+def _collect_layers(model: nn.Module, plan: Plan) -> None:
+    """Every layer with a rank-1 equivalent; what lies inside one is a part of it."""
+    inside: list[tuple[str, str]] = []
+    for name, module in model.named_modules():
+        if any(is_lazy(p) for p in module.parameters(recurse=False)):
+            raise ConversionError(f"{name or 'the model'} has parameters without a shape yet; run one forward pass first.")
+        outer = next((prefix for prefix, _ in inside if name.startswith(prefix)), None)
+        if rank1_class(type(module)) is not None:
+            if outer is not None:
+                plan.skipped[name] = f"part of the layer {outer.rstrip('.')}"
+                continue
+            plan.layers[name] = module
+            inside.append((f"{name}." if name else "", name))
+        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            plan.skipped[name] = "an embedding looks rows up; it is no linear map of an activation"
+    for name, module in model.named_modules():
+        if isinstance(module, _READS_WEIGHTS):
+            kind = type(module).__name__
+            reason = f"nn.{kind} reads this weight in fused code without calling the layer"
+            for child, layer in list(plan.layers.items()):
+                if child.startswith(f"{name}." if name else ""):
+                    plan.skip(child, reason)
+                    del layer
+            for own, parameter in module.named_parameters(prefix=name, recurse=False):
+                if parameter.dim() > 1:
+                    plan.skipped[own] = f"used through a functional call in nn.{kind}"
+
+
+def _read_graphs(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
+    """Weights used without their layer, and layers whose input does not carry the batch."""
+    untraced: list[str] = []
+    suspicious = False
+    for name, module in model.named_modules():
+        if not _has_code_of_its_own(name, module, plan):
+            continue
+        graph = capture(module)
+        plan.routes[name] = "swap" if graph is None else "fx"
+        if graph is None:
+            untraced.append(name)
+            suspicious = suspicious or _may_read_weights(module)
+            continue
+        uses, constant_calls = linear_uses(graph.nodes, _parameter_of(name), lambda node: node.op == "placeholder")
+        for use in uses:
+            _note_use(plan, use.parameters, name, use.operation)
+        for call in constant_calls:
+            _skip_constant(plan, _join(name, str(call.target)))
+    if not untraced:
+        return
+    if inputs is None and suspicious:
+        inputs = derive_inputs(model)
+    exported = export_uses(model, inputs) if inputs is not None else None
+    if exported is not None:
+        for name in untraced:
+            plan.routes[name] = "export"
+        _read_export(plan, exported)
+    elif suspicious:
+        plan.notes.append(
+            f"the forward of {untraced[0] or type(model).__name__} could not be traced or exported, so its layers were "
+            "swapped without a plan; pass example_inputs= to have the result checked on them"
+        )
+    _account_for_raw_parameters(model, plan, untraced, planned=exported is not None)
+
+
+def _read_export(plan: Plan, uses: list[ExportedUse]) -> None:
+    for use in uses:
+        if not use.carries_batch:
+            _skip_constant(plan, use.owner)
+            continue
+        _note_use(plan, use.parameters, use.owner, use.operation)
+
+
+def _note_use(plan: Plan, parameters: Iterable[str], owner: str, operation: str) -> None:
+    """A linear operation run by `owner` reads these parameters: fine inside their own layer, else not covered."""
+    for parameter in parameters:
+        layer = _layer_of(plan, parameter)
+        if layer is not None and (owner == layer or owner.startswith(f"{layer}.")):
+            continue
+        where = owner or "the model"
+        if layer is not None:
+            plan.skip(layer, f"{where} uses its weight through {operation} without calling the layer")
+        else:
+            plan.skipped.setdefault(parameter, f"raw parameter, used through {operation} in {where}")
+
+
+def _account_for_raw_parameters(model: nn.Module, plan: Plan, untraced: list[str], planned: bool) -> None:
+    """Matrices owned by a module nobody could look into."""
+    if planned:
+        return
+    for name in untraced:
+        for parameter, value in model.get_submodule(name).named_parameters(prefix=name, recurse=False):
+            if value.dim() > 1:
+                plan.skipped.setdefault(parameter, "raw parameter of a forward that cannot be traced; use unknown")
+
+
+def _skip_constant(plan: Plan, owner: str) -> None:
+    for name in list(plan.layers):
+        if name == owner or name.startswith(f"{owner}."):
+            plan.skip(name, "its input does not carry the batch: it is the same for every example")
+
+
+def _check_linear(plan: Plan) -> None:
+    """A subclass with a forward of its own must be linear in its input, or scaling it means something else."""
+    for name, layer in list(plan.layers.items()):
+        equivalent = rank1_class(type(layer))
+        if equivalent is None or is_exact(type(layer)) or "forward" not in vars(equivalent):
+            continue
+        try:
+            linear = is_linear(layer, equivalent)
+        except Exception as error:
+            plan.skip(name, f"its own forward failed on a random input ({type(error).__name__}: {error})")
+            continue
+        if not linear:
+            plan.skip(name, f"{type(layer).__name__} is not linear in its input plus its bias")
+
+
+def _apply_patterns(plan: Plan, config: Rank1Config, candidates: list[str]) -> None:
+    for pattern in (*config.include, *config.exclude):
+        if not any(matches(name, pattern) for name in candidates):
+            near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.0)
+            raise ConversionError(
+                f"the pattern {pattern!r} matches no layer. Nearest names: {', '.join(near) or 'none'}. "
+                "Patterns are full dotted names (a name selects everything beneath it) or globs such as 'layer4.*'."
+            )
+    for name in list(plan.layers):
+        if config.include and not any(matches(name, pattern) for pattern in config.include):
+            plan.skip(name, "not selected by include")
+    for name in list(plan.layers):
+        pattern = next((p for p in config.exclude if matches(name, p)), None)
+        if pattern is not None:
+            plan.skip(name, f"excluded by {pattern!r}")
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a full dotted name is the pattern, lies beneath it, or fits it as a glob."""
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+
+def _has_code_of_its_own(name: str, module: nn.Module, plan: Plan) -> bool:
+    """Modules worth a look: no converted layer, nothing inside one, no plain container, no leaf of torch.nn."""
+    if name in plan.layers or name in plan.skipped or isinstance(module, (*_READS_WEIGHTS, nn.ModuleList, nn.ModuleDict)):
+        return False
+    if any(name.startswith(f"{layer}.") for layer in plan.layers if layer) or "" in plan.layers:
+        return False
+    parts_of_torch = type(module).__module__.startswith("torch.nn.modules")
+    return not (parts_of_torch and next(module.children(), None) is None)
+
+
+def _may_read_weights(module: nn.Module) -> bool:
+    """Whether a forward that cannot be traced could use a matrix, its own or a child's, without calling a layer."""
+    if any(p.dim() > 1 for p in module.parameters(recurse=False)):
+        return True
+    weights = {n.rpartition(".")[2] for n, p in module.named_parameters() if p.dim() > 1}
+    return bool(weights & forward_names(module))
+
+
+def _parameter_of(prefix: str) -> Any:
+    def name_of(node: fx.Node) -> str | None:
+        return _join(prefix, str(node.target)) if node.op == "get_attr" else None
+
+    return name_of
+
+
+def _layer_of(plan: Plan, parameter: str) -> str | None:
+    return next((n for n in plan.layers if parameter.startswith(f"{n}." if n else "")), None)
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

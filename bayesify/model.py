@@ -1,0 +1,308 @@
+"""`BayesianModel`: a pretrained network as a distribution over networks that share one copy of its weights."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bayesify.batch import Rows, resolve_task
+from bayesify.config import Rank1Config
+from bayesify.distributions import CLIP, Factor, kl_divergence
+from bayesify.errors import BayesifyError, ConversionError, DataError
+from bayesify.graph import ConversionReport, restore, site_name
+from bayesify.layers import Rank1Layer, detach, is_exact, original_class, rank1_class
+from bayesify.predictive import Predictive, Task
+
+Expansion = Literal["replicate", "partition"]
+
+
+class BayesianModel(nn.Module):
+    """A converted network. Made by `bayesify(model)`.
+
+    * `train()`: a call gives K·B rows, member-major, in the network's own output type. Labels given to a
+      transformers model are expanded too, so its loss is the mean over members.
+    * `eval()`: a call gives B rows, the predictive at the posterior means. Logits are the log of the mean probability.
+    * `predict(...)` gives a `Predictive` with every member and sample.
+
+    Any other attribute is the wrapped network's.
+
+    Attributes:
+        model: the rewritten network, still an instance of its class. Called by itself, outside of this class, it
+            computes with the average of the members' factors.
+        config: the options of the conversion.
+        report: what was converted and what was not.
+        task: "classification", "regression" (outputs are averaged) or None (decided by the output's shape).
+        expansion: in training, "replicate" shows every example to every member; "partition" gives each member
+            B/K of the rows, in order, without repeating anything.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: Rank1Config, report: ConversionReport, task: Task | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.report = report
+        self.task: Task | None = task
+        self.expansion: Expansion = "replicate"
+
+    # -------------------------------------------------------------------------------------------- structure
+
+    @property
+    def members(self) -> int:
+        """K, the number of members."""
+        return self.config.members
+
+    def layers(self) -> Iterator[tuple[str, Rank1Layer]]:
+        """The converted layers with their names."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, Rank1Layer):
+                yield name, module
+
+    def factors(self) -> Iterator[tuple[str, Literal["s", "r"], Factor]]:
+        """(site name, "s" | "r", factor) of every factor; `factor.loc` and `factor.scale` are [K, d]."""
+        for name, layer in self.layers():
+            for weight, site in layer.rank1.items():
+                for side in ("s", "r"):
+                    factor = getattr(site, side)
+                    if factor is not None:
+                        yield site_name(name, weight), side, factor
+
+    def slow_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name in the network, parameter) of everything that is not part of a factor."""
+        fast = {id(p) for _, _, factor in self.factors() for p in factor.parameters()}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) not in fast:
+                yield name, parameter
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.model, name)
+
+    # -------------------------------------------------------------------------------------------- calling
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's own call; see the class for what comes back."""
+        rows = Rows(self.model)
+        batch = rows.batch_size(args, kwargs)
+        examples = batch
+        if self.training and self.expansion == "partition":
+            if batch % self.members:
+                raise DataError(
+                    f"a batch of {batch} examples cannot be partitioned among {self.members} members; "
+                    f"give a multiple of {self.members}."
+                )
+            examples = batch // self.members
+        else:
+            args, kwargs = rows.expand(args, kwargs, self.members)
+        if not self.training:
+            with self._drawn(slice(None), examples, seed=None):
+                return rows.reduce(self.model(*args, **kwargs), self.members, batch, self.task)
+        # The draws stay in place after a training forward: gradient checkpointing runs layers again in backward.
+        self._hold(slice(None), examples, seed=_peek_seed())
+        output = self.model(*args, **kwargs)
+        if self.is_random:
+            torch.randint(2, ())  # move the stream on, so that the next forward draws anew
+        return output
+
+    def predict(
+        self,
+        *args: Any,
+        samples: int | None = None,
+        member_chunk: int | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Predictive:
+        """The predictive distribution for B examples, in eval mode and without gradients.
+
+        Args:
+            args, kwargs: inputs as the network takes them; `labels` are ignored.
+            samples: S draws a member; `None` takes the posterior mean (S = 1).
+            member_chunk: members computed at once; fewer bound the memory and change nothing else.
+            seed: makes the draws reproducible; `None` takes one from torch's global generator.
+
+        Returns:
+            `Predictive` with outputs [K, S, B, ...].
+        """
+        for name, value in (("samples", samples), ("member_chunk", member_chunk)):
+            if value is not None and value < 1:
+                raise DataError(f"{name} must be at least 1; found {value}.")
+        kwargs.pop("labels", None)
+        rows = Rows(self.model)
+        batch = rows.batch_size(args, kwargs)
+        chunk = min(member_chunk or self.members, self.members)
+        if samples is not None and seed is None:
+            seed = int(torch.randint(2**62, ()))
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            with torch.no_grad():
+                draws = [
+                    torch.cat(
+                        [
+                            self._outputs(rows, args, kwargs, batch, slice(start, min(start + chunk, self.members)), key)
+                            for start in range(0, self.members, chunk)
+                        ]
+                    )
+                    for key in ([None] if samples is None else [(seed, sample) for sample in range(samples)])
+                ]
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        outputs = torch.stack(draws, 1)
+        if outputs.dim() == 3:
+            outputs = outputs.unsqueeze(-1)
+        return Predictive(outputs, resolve_task(outputs[0, 0], self.task))
+
+    def _outputs(
+        self, rows: Rows, args: Any, kwargs: Any, batch: int, members: slice, key: Any
+    ) -> Tensor:
+        """[k, B, ...] outputs of some members for one draw."""
+        count = members.stop - members.start
+        args, kwargs = rows.expand(args, kwargs, count)
+        with self._drawn(members, batch, seed=key):
+            output = rows.outputs(self.model(*args, **kwargs))
+        return output.movedim(rows.input_dim, 0).unflatten(0, (count, batch))
+
+    # -------------------------------------------------------------------------------------------- draws
+
+    @property
+    def is_random(self) -> bool:
+        """Whether any factor has a spread."""
+        return any(factor.random for _, _, factor in self.factors())
+
+    @contextmanager
+    def _drawn(self, members: slice, examples: int, seed: Any) -> Iterator[None]:
+        self._hold(members, examples, seed)
+        try:
+            yield
+        finally:
+            for _, _, factor in self.factors():
+                factor.hold(None)
+
+    def _hold(self, members: slice, examples: int, seed: Any) -> None:
+        """Give every factor its draw: [k·B, d] rows for noise per example, [k, d] per member or at the mean.
+
+        `seed` is anything with a repr; `None` means posterior means. Each member has a generator of its own, so
+        its draws do not depend on which other members are computed beside it.
+        """
+        factors = [factor for _, _, factor in self.factors()]
+        if not factors:
+            raise BayesifyError("this model has been unloaded: nothing in it is Bayesian any more.")
+        index = range(*members.indices(self.members))
+        if seed is None or not any(factor.random for factor in factors):
+            for factor in factors:
+                factor.hold(factor.mean[members].clamp(-CLIP, CLIP))
+            return
+        each = examples if self.config.noise == "example" else 1
+        device = factors[0].loc.device
+        noise: list[list[Tensor]] = [[] for _ in factors]
+        for member in index:
+            generator = torch.Generator(device).manual_seed(random.Random(repr((seed, member))).getrandbits(63))
+            for parts, factor in zip(noise, factors, strict=True):
+                parts.append(factor.noise(each, generator))
+        for parts, factor in zip(noise, factors, strict=True):
+            factor.hold(factor.transform(torch.stack(parts), members).flatten(0, 1))
+
+    # -------------------------------------------------------------------------------------------- objective
+
+    def kl(self) -> Tensor:
+        """KL of the posterior to the prior over all factors, a scalar in nats.
+
+        Summed over sites and elements; over members it is averaged (`kl_reduction="mean"`, the convexity bound on the
+        KL of the mixture) or summed ("sum", as the paper's released code).
+        """
+        per_member = torch.stack([kl_divergence(factor) for _, _, factor in self.factors()]).sum(0)
+        return per_member.mean() if self.config.kl_reduction == "mean" else per_member.sum()
+
+    # -------------------------------------------------------------------------------------------- ways out
+
+    def merge(self, member: int = 0) -> nn.Module:
+        """A plain copy of the network with one member's posterior-mean factors folded into its weights.
+
+        Raises:
+            ConversionError: a layer's own code transforms its weight so that factors cannot be folded into it.
+        """
+        if not -self.members <= member < self.members:
+            raise BayesifyError(f"member {member} does not exist; there are {self.members} (0 to {self.members - 1}).")
+        member %= self.members
+        merged = copy.deepcopy(self.model)
+        for name, layer in list(merged.named_modules()):
+            if isinstance(layer, Rank1Layer):
+                _fold(name, layer, member)
+        config = getattr(merged, "config", None)
+        if self.report.tied and getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+        return merged
+
+    def unload(self) -> nn.Module:
+        """Take the factors out again, in place, and return the original network."""
+        restore(list(self.model.modules()))
+        return self.model
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Write the model to a folder; see `bayesify.hub.save_pretrained`."""
+        from bayesify.hub import save_pretrained
+
+        return save_pretrained(self, folder, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model to the Hugging Face Hub; see `bayesify.hub.push_to_hub`."""
+        from bayesify.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
+
+
+@torch.no_grad()
+def _fold(name: str, layer: Rank1Layer, member: int) -> None:
+    cls = type(layer)
+    draws = {weight: [None if f is None else f.mean[member].clamp(-CLIP, CLIP) for f in (site.s, site.r)]
+             for weight, site in layer.rank1.items()}  # fmt: skip
+    weights = {weight: layer.folded(weight, s, r) for weight, (s, r) in draws.items()}
+    probe = None if is_exact(original_class(cls)) else cls.probe_input(layer)
+    layer.eval()
+    expected = None
+    if probe is not None:
+        probe = torch.randn(probe.shape, device=probe.device).to(probe.dtype)
+        for site, vectors in zip(layer.rank1.values(), draws.values(), strict=True):
+            for factor, vector in zip((site.s, site.r), vectors, strict=True):
+                if factor is not None and vector is not None:
+                    factor.hold(vector[None])
+        expected = layer(probe)
+    detach(layer)
+    for weight, value in weights.items():
+        if weight in layer._parameters:
+            old = layer._parameters[weight]
+            new = nn.Parameter(value, requires_grad=old is not None and old.requires_grad)
+            # `register_parameter` keeps the flat weight list of recurrent layers in step and breaks ties.
+            setattr(layer, weight, new)
+        else:
+            setattr(layer, weight, value)  # a parametrized weight takes the value through its right inverse
+    if expected is not None and not torch.allclose(layer(probe), expected, rtol=1e-3, atol=1e-4):
+        raise ConversionError(
+            f"{name} ({type(layer).__name__}) transforms its weight in its own code, so its factors cannot be folded "
+            "into it. Keep the Bayesian model, or leave such layers out with exclude= before training."
+        )
+
+
+def _peek_seed() -> tuple[str, int]:
+    """A seed from torch's global CPU generator that leaves the generator as it was.
+
+    So factors at spread zero do not disturb the network's own random numbers (dropout), and still follow
+    `torch.manual_seed`.
+    """
+    state = torch.get_rng_state()
+    seed = int(torch.randint(2**62, ()))
+    torch.set_rng_state(state)
+    return ("train", seed)

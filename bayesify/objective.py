@@ -1,0 +1,110 @@
+"""The training objective: the evidence lower bound, as a loss for each example."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayesify.batch import Rows, expand_rows, member_view, resolve_task
+from bayesify.errors import ConfigError, DataError
+from bayesify.model import BayesianModel
+from bayesify.predictive import check_labels
+
+Likelihood = Literal["average", "mixture"]
+
+
+@dataclass(frozen=True)
+class ELBOTerms:
+    """The loss and its parts, scalars in nats: loss = nll + weight · kl / N."""
+
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor
+    weight: float
+
+
+class ELBO:
+    """loss = mean over members and examples of NLL + κ(t) · KL / N   (paper Eq. 2, divided by N).
+
+    Args:
+        model: the Bayesian model whose KL counts.
+        num_examples: N, the number of training examples. The division by N happens here and nowhere else.
+        annealing_steps: κ rises linearly, κ(t) = min(1, (t + 1) / annealing_steps); 0 keeps it at 1.
+        likelihood: "average" takes the mean of the members' log-likelihoods (better on test data in the paper's Fig. 4);
+            "mixture" the log-likelihood of the members' mean probability.
+
+    Weight decay is the optimizer's business, and applies to slow weights only.
+    """
+
+    def __init__(
+        self,
+        model: BayesianModel,
+        num_examples: int,
+        *,
+        annealing_steps: int = 0,
+        likelihood: Likelihood = "average",
+    ) -> None:
+        if num_examples < 1:
+            raise ConfigError(f"num_examples must be the number of training examples; found {num_examples}.")
+        if annealing_steps < 0:
+            raise ConfigError(f"annealing_steps must not be negative; found {annealing_steps}.")
+        if likelihood not in ("average", "mixture"):
+            raise ConfigError(f"likelihood must be 'average' or 'mixture'; found {likelihood!r}.")
+        self.model = model
+        self.num_examples = num_examples
+        self.annealing_steps = annealing_steps
+        self.likelihood: Likelihood = likelihood
+
+    def weight(self, step: int) -> float:
+        """κ(step) in (0, 1]."""
+        return min(1.0, (step + 1) / self.annealing_steps) if self.annealing_steps else 1.0
+
+    def __call__(self, output: Any, targets: Tensor | None = None, step: int | None = None) -> ELBOTerms:
+        """The loss of one training batch.
+
+        Args:
+            output: what the model returned in training: [K·B, ..., C] or an output with `logits`; or, with
+                targets=None, an output with a `loss` that is already the mean over members.
+            targets: [B, ...] labels, not repeated. With a partitioned batch, in its order.
+            step: t of the annealing; `None` takes κ = 1.
+        """
+        nll = self._nll(output, targets)
+        kl = self.model.kl().to(nll.device)
+        weight = 1.0 if step is None else self.weight(step)
+        return ELBOTerms(nll + weight * kl / self.num_examples, nll, kl, weight)
+
+    def _nll(self, output: Any, targets: Tensor | None) -> Tensor:
+        if targets is None:
+            loss = getattr(output, "loss", None)
+            if loss is None:
+                raise DataError("the batch has no targets and the model's output has no loss; give one of them.")
+            return loss
+        logits = Rows(self.model.model).outputs(output).float()
+        members = self.model.members
+        partitioned = self.model.expansion == "partition"
+        if logits.shape[0] != targets.shape[0] * (1 if partitioned else members):
+            raise DataError(
+                f"outputs of {logits.shape[0]} rows do not fit {targets.shape[0]} targets and {members} members "
+                f"({'partitioned' if partitioned else 'replicated'})."
+            )
+        if resolve_task(logits, self.model.task) == "regression":
+            target = targets if partitioned else expand_rows(targets, members)
+            return F.mse_loss(logits, target.view_as(logits).float()) / 2 + 0.5 * math.log(2 * math.pi)
+        check_labels(targets, logits.shape[-1])
+        if self.likelihood == "average" or members == 1:
+            target = targets if partitioned else expand_rows(targets, members)
+            return F.cross_entropy(logits.flatten(0, -2), target.flatten())
+        if partitioned:
+            raise ConfigError("likelihood='mixture' needs every member to see every example; use expand='replicate'.")
+        log_probs = member_view(logits, members).log_softmax(-1).logsumexp(0) - math.log(members)
+        return F.nll_loss(log_probs.flatten(0, -2), targets.flatten())
+
+
+def is_finite(terms: ELBOTerms) -> bool:
+    """Whether the loss can be trained on."""
+    return bool(torch.isfinite(terms.loss))
