@@ -169,3 +169,18 @@ def member_view(value: Tensor, members: int) -> Tensor:
 def expand_rows(value: Tensor, members: int) -> Tensor:
     """[B, ...] -> [K·B, ...], member-major."""
     return value if members == 1 else torch.cat([value] * members)
+
+
+def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+    """A batch as (positional inputs, keyword inputs, labels).
+
+    A mapping holds keyword inputs and "labels"; a tuple of two or more ends with the labels; anything else is one
+    unlabeled input.
+    """
+    if isinstance(batch, Mapping):
+        kwargs = dict(batch)
+        labels = kwargs.pop("labels", None)
+        return (), kwargs, labels
+    if isinstance(batch, (tuple, list)):
+        return (tuple(batch[:-1]), {}, batch[-1]) if len(batch) > 1 else (tuple(batch), {}, None)
+    return (batch,), {}, None

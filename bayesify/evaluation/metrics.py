@@ -148,7 +148,8 @@ def ood_metrics(inside: Predictive, outside: Predictive) -> dict[str, float]:
         label = torch.arange(len(doubt)).ge(len(low)).long()
         if doubt.isnan().any():
             raise DataError(f"the {name.replace('_', ' ')} is NaN for {int(doubt.isnan().sum())} examples.")
-        # Ranks keep the order and stay in [0, 1]; nats above 1 would be squashed by a sigmoid, losing digits.
+        # Ranks keep the order and stay in [0, 1]: torchmetrics puts scores above 1 through a sigmoid, which
+        # makes small doubts equal.
         rank = doubt.unique(return_inverse=True)[1].double()
         result[f"auroc_{name}"] = float(binary_auroc(rank / rank.max().clamp_min(1), label))
     return result

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
@@ -21,60 +23,57 @@ from bayesify.evaluation.metrics import BINS, calibration_bins, calibration_erro
 from bayesify.evaluation.scores import Scores, doubts, score
 from bayesify.predictive import Predictive
 
-BLUE, ORANGE, RED, GRAY = "#3b6fb6", "#e08a1e", "#c8423b", "#8a8f98"
-LINES = [BLUE, ORANGE, "#3f8f5b", "#8b5fb0", RED, GRAY]
+BLUE, ORANGE, RED, GREEN = "#3b6fb6", "#e08a1e", "#c8423b", "#3f8f5b"
+LINES = [BLUE, ORANGE, GREEN, "#8b5fb0", RED, "#8a8f98"]
 Predictions = Mapping[str, tuple[Predictive, Tensor]]
 
 
 def reliability_diagram(predictions: Predictions, path: str | Path) -> None:
     """Accuracy against confidence in 15 bins, one column per model {name: (predictive, targets)}.
 
-    Above: bars are the accuracy of a bin, hatched boxes its gap to the mean confidence, the diagonal is
-    perfect calibration. Below: the share of examples in each bin, mean confidence and accuracy as lines.
+    Above: the accuracy of each bin as a bar, its gap to the mean confidence hatched, perfect calibration as
+    the diagonal; bins with under 0.5 % of the examples are faint, they hardly move the ECE. Below: the share
+    of examples in each bin.
     """
     scores = _scores(predictions)
-    figure = Figure(figsize=(0.6 + 3.7 * len(scores), 5.2), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 0.6 + 3.7 * len(scores)), 5.6), layout="constrained")
     axes = figure.subplots(2, len(scores), squeeze=False, sharex=True, sharey="row", height_ratios=[3, 1])
     for column, (name, one) in enumerate(scores.items()):
         _reliability(axes[0, column], axes[1, column], one)
         axes[0, column].set_title(f"{name}\nECE {calibration_error(one):.2%}", fontsize=11, parse_math=False)
     axes[0, 0].set_ylabel("accuracy")
     axes[1, 0].set_ylabel("examples")
-    axes[0, 0].legend(loc="upper left", fontsize=8, frameon=False)
-    axes[1, 0].legend(loc="upper left", fontsize=8, frameon=False)
+    handles = [
+        Patch(color=BLUE, label="accuracy"),
+        Patch(**_box(RED), label="gap: too confident"),
+        Patch(**_box(GREEN), label="gap: not confident enough"),
+        Line2D([], [], color="black", linestyle="--", linewidth=1, label="perfect"),
+        Line2D([], [], color=RED, label="mean confidence"),
+        Line2D([], [], color=BLUE, linestyle="--", label="mean accuracy"),
+    ]
+    columns = 3 if len(scores) > 1 else 2
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
     _save(figure, path)
 
 
 def _reliability(upper: Axes, lower: Axes, scores: Scores) -> None:
-    count, accuracy, confidence = (values.numpy() for values in calibration_bins(scores))
-    width, seen = 1 / BINS, count > 0
-    center = ((np.arange(BINS) + 0.5) * width)[seen]
-    accuracy, confidence = accuracy[seen], confidence[seen]
-    upper.bar(center, accuracy, width, color=BLUE, edgecolor="white", linewidth=0.8, label="accuracy")
-    # A closed box, not a bar from 0: where the model is underconfident it sits inside the accuracy bar.
-    upper.bar(
-        center,
-        confidence - accuracy,
-        width,
-        bottom=accuracy,
-        facecolor=(*_rgb(RED), 0.18),
-        edgecolor=RED,
-        hatch="////",
-        linewidth=0.8,
-        label="gap to confidence",
-    )
-    upper.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="perfect")
+    counts, accuracies, confidences = (values.tolist() for values in calibration_bins(scores))
+    width, total = 1 / BINS, sum(counts)
+    for index, (count, accuracy, confidence) in enumerate(zip(counts, accuracies, confidences, strict=True)):
+        if count == 0:
+            continue
+        center = (index + 0.5) * width
+        alpha = 1.0 if count >= 0.005 * total else 0.3
+        upper.bar(center, accuracy, width, color=BLUE, edgecolor="white", linewidth=0.8, alpha=alpha)
+        gap = _box(RED if confidence > accuracy else GREEN)
+        upper.bar(center, confidence - accuracy, width, bottom=accuracy, linewidth=0.8, alpha=alpha, **gap)
+        lower.bar(center, count / total, width, color="#b9c3d0", edgecolor="white")
+    upper.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
     upper.set(xlim=(0, 1), ylim=(0, 1))
-
-    lower.bar(
-        ((np.arange(BINS) + 0.5) * width), count / count.sum(), width, color="#b9c3d0", edgecolor="white"
-    )
-    lower.axvline(float(scores.confidence.mean()), color=RED, linewidth=1.5, label="mean confidence")
-    lower.axvline(
-        float(scores.correct.double().mean()), color=BLUE, linestyle="--", linewidth=1.5, label="accuracy"
-    )
+    lower.axvline(float(scores.confidence.mean()), color=RED, linewidth=1.5)
+    lower.axvline(float(scores.correct.double().mean()), color=BLUE, linestyle="--", linewidth=1.5)
     lower.set_xlabel("confidence")
-    lower.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    lower.yaxis.set_major_formatter(PercentFormatter(1))
     for axis in (upper, lower):
         _tidy(axis)
 
@@ -102,7 +101,7 @@ def uncertainty_histogram(
         )
     single = inside.outputs.shape[0] * inside.outputs.shape[1] == 1
     names = ["entropy"] if single else ["entropy", "mutual_information"]
-    figure = Figure(figsize=(0.6 + 4.4 * len(names), 3.6), layout="constrained")
+    figure = Figure(figsize=(0.6 + 4.4 * len(names), 4.0), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False)[0]
     for axis, name in zip(axes, names, strict=True):
         groups = {"right": (within[name][right], BLUE), "wrong": (within[name][~right], RED)}
@@ -110,7 +109,7 @@ def uncertainty_histogram(
             groups["out of distribution"] = (beyond[name], ORANGE)
         _histogram(axis, {label: group for label, group in groups.items() if len(group[0]) > 0})
         axis.set_xlabel(f"{name.replace('_', ' ')} [nats]")
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=9, frameon=False)
     axes[0].set_ylabel("share of the group")
     _save(figure, path)
 
@@ -125,7 +124,7 @@ def _histogram(axis: Axes, groups: dict[str, tuple[Tensor, str]]) -> None:
             share, edges, color=color, linewidth=1.6, label=f"{label} (mean {float(values.mean()):.3g})"
         )
     axis.set_xlim(0, edges[-1])
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
     _tidy(axis)
 
 
@@ -153,8 +152,9 @@ def _scores(predictions: Predictions) -> dict[str, Scores]:
     return {name: score(predictive, targets) for name, (predictive, targets) in predictions.items()}
 
 
-def _rgb(color: str) -> tuple[float, ...]:
-    return tuple(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+def _box(color: str) -> dict[str, Any]:
+    pale = {RED: "#f8dfdd", GREEN: "#dcefe1"}[color]
+    return {"facecolor": pale, "edgecolor": color, "hatch": "////"}
 
 
 def _tidy(axis: Any) -> None:

@@ -1,0 +1,318 @@
+"""The fine-tuner: one readable loop on Accelerate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device, set_seed
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from bayesify.batch import Rows, split_batch
+from bayesify.errors import DataError, FormatError, TrainingError
+from bayesify.finetune.batches import RankBatches, endless
+from bayesify.finetune.checkpoint import (
+    load_checkpoint,
+    load_trained_state,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    trained_state,
+)
+from bayesify.finetune.config import FineTuneConfig
+from bayesify.finetune.groups import make_optimizer, select_trained
+from bayesify.finetune.log import TrainingLog
+from bayesify.model import BayesianModel
+from bayesify.objective import ELBO, ELBOTerms
+from bayesify.predictive import Predictive, check_labels
+
+Collate = Callable[[list[Any]], Any]
+
+
+@dataclass(frozen=True)
+class FineTuneResult:
+    """What a run came to: rows of the log, the best validation NLL (nats) and the step that had it."""
+
+    history: list[dict[str, Any]]
+    steps: int
+    best_nll: float | None
+    best_step: int | None
+
+
+class FineTuner:
+    """Fine-tune a `BayesianModel` (or, as a baseline under the same loop, a plain network).
+
+    Args:
+        model: trained in place; after `fit` it holds the state with the best validation NLL.
+        train: map-style data set of (inputs, label) pairs or of mappings with "labels". Its `set_epoch` is called
+            if it has one.
+        validation: data set for the selection of the best state; without it the last state stays.
+        config: the options.
+        output: folder for `log.jsonl` and the checkpoint; `None` keeps everything in memory.
+        collate_fn: makes a batch of examples; by default torch's, or the data set's own `collate_fn`.
+        progress: whether to show a progress bar.
+
+    Runs on one CPU or GPU as it is, and on several under ``accelerate launch``: the global batch is split among the
+    processes, gradients are averaged, and the KL, equal on all of them, is counted once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Dataset[Any],
+        validation: Dataset[Any] | None = None,
+        config: FineTuneConfig | None = None,
+        *,
+        output: str | Path | None = None,
+        collate_fn: Collate | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.model = model
+        self.config = config or FineTuneConfig()
+        self.train = train
+        self.validation = validation
+        self.output = None if output is None else Path(output)
+        self.collate_fn = collate_fn or getattr(train, "collate_fn", None) or default_collate
+        self.progress = progress
+        self.accelerator = _accelerator(self.config, self.output)
+        self.batches = RankBatches(
+            len(train),  # type: ignore[arg-type]
+            self.config.batch_size,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            seed=self.config.seed,
+        )
+        _check_partition(model, self.config, self.batches)
+        per_epoch = max(1, math.ceil(len(self.batches) / self.config.accumulation))
+        self.total_steps = self.config.steps or self.config.epochs * per_epoch
+        self.eval_every = self.config.eval_every or per_epoch
+
+    # ---------------------------------------------------------------------------------------------- the loop
+
+    def fit(self, resume: bool = False) -> FineTuneResult:
+        """Train; with `resume`, go on from the checkpoint in the output folder, with the numbers of an unbroken run.
+
+        Raises:
+            TrainingError: the loss is not finite; the step is named, and the last checkpoint is kept.
+            FormatError: `resume` without a checkpoint that belongs to this model and these options.
+        """
+        from transformers import get_cosine_schedule_with_warmup
+
+        config, accelerator = self.config, self.accelerator
+        set_seed(config.seed, device_specific=True)
+        select_trained(self.model, config)
+        bayesian = isinstance(self.model, BayesianModel)
+        if bayesian:
+            self.model.expansion = config.expand  # type: ignore[assignment]
+        self.model.to(accelerator.device)
+        optimizer = make_optimizer(self.model, config)
+        warmup = round(config.warmup * self.total_steps)
+        progress: dict[str, Any] = {"step": 0, "best_nll": None, "best_step": None}
+        best: dict[str, Tensor] = {}
+        scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, self.total_steps)
+        if resume:
+            progress, best = self._restore(optimizer)
+            scheduler.load_state_dict(progress["scheduler"])
+        model, optimizer = accelerator.prepare(self.model, optimizer)
+        objective = self._objective()
+        loader: DataLoader[Any] = DataLoader(
+            self.train, batch_sampler=self.batches, collate_fn=self.collate_fn, num_workers=config.workers
+        )
+        batches = endless(loader, self.batches, self.train, progress["step"] * config.accumulation)
+        if config.trackers:
+            accelerator.init_trackers("bayesify", config={k: str(v) for k, v in config.to_dict().items()})
+        path = None if self.output is None else self.output / "log.jsonl"
+        if path is not None and accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        try:
+            with TrainingLog(accelerator, path, progress["step"], self.total_steps, self.progress) as log:
+                for step in range(progress["step"], self.total_steps):
+                    model.train()
+                    terms = self._step(model, optimizer, objective, batches, step)
+                    scheduler.step()
+                    done = step + 1
+                    log.advance(f"loss {terms['loss']:.4f}")
+                    if done % config.log_every == 0 or done == self.total_steps:
+                        rates = {g["name"]: g["lr"] for g in optimizer.param_groups}
+                        seconds = round(time.perf_counter() - started, 3)
+                        log.write({"step": done, **terms, "learning_rate": rates, "seconds": seconds})
+                    if done % self.eval_every == 0 or done == self.total_steps:
+                        if self.validation is not None:
+                            scores = self.validate()
+                            log.write({"step": done, **scores})
+                            if progress["best_nll"] is None or scores["validation_nll"] < progress["best_nll"]:
+                                progress.update(best_nll=scores["validation_nll"], best_step=done)
+                                best = {n: t.detach().cpu().clone() for n, t in trained_state(self.model).items()}
+                        progress.update(step=done, scheduler=_plain(scheduler.state_dict()))
+                        self._save(optimizer, progress, best)
+                if best:
+                    load_trained_state(self.model, best, "the best state")
+                return FineTuneResult(log.rows, self.total_steps, progress["best_nll"], progress["best_step"])
+        finally:
+            accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            if config.trackers:
+                accelerator.end_training()
+            if bayesian:
+                self.model.expansion = "replicate"  # type: ignore[assignment]
+            self.model.eval()
+
+    def _step(self, model: nn.Module, optimizer: Any, objective: Any, batches: Any, step: int) -> dict[str, float]:
+        """One optimizer step over `accumulation` batches; the means of its numbers."""
+        config, accelerator = self.config, self.accelerator
+        totals: dict[str, float] = {"loss": 0.0, "nll": 0.0, "kl": 0.0, "kl_weight": 0.0}
+        for number in range(config.accumulation):
+            args, kwargs, labels = split_batch(send_to_device(next(batches), accelerator.device))
+            if labels is None:
+                raise DataError("a training batch has no labels; expected (inputs, labels) or a mapping with 'labels'.")
+            own_loss = labels.dim() > 1 and bool(kwargs)
+            last = number == config.accumulation - 1
+            with nullcontext() if last else accelerator.no_sync(model):
+                output = model(*args, **kwargs, labels=labels) if own_loss else model(*args, **kwargs)
+                terms: ELBOTerms = objective(output, None if own_loss else labels, step)
+                loss = accelerator.reduce(terms.loss.detach(), "mean").item()  # type: ignore[union-attr]
+                if not math.isfinite(loss):
+                    optimizer.zero_grad()
+                    kept = f" The last checkpoint, in {self.output}, is kept." if self.output else ""
+                    raise TrainingError(
+                        f"the loss is {loss} at step {step + 1} (nll {terms.nll.item():.4g}, kl {terms.kl.item():.4g}). "
+                        f"Try a lower learning_rate or factor_lr_multiplier.{kept}"
+                    )
+                accelerator.backward(terms.loss / config.accumulation)
+            parts = {"loss": loss, "nll": terms.nll.item(), "kl": terms.kl.item(), "kl_weight": terms.weight}
+            totals = {name: totals[name] + value / config.accumulation for name, value in parts.items()}
+        if config.clip_norm is not None:
+            norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+            totals["gradient_norm"] = float(norm) if norm is not None else math.nan
+        optimizer.step()
+        optimizer.zero_grad()
+        return totals
+
+    # ---------------------------------------------------------------------------------------------- validation
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """NLL (nats) and accuracy of the predictive on the validation data, over all processes."""
+        if self.validation is None:
+            raise DataError("there is no validation data.")
+        accelerator, config = self.accelerator, self.config
+        share = range(accelerator.process_index, len(self.validation), accelerator.num_processes)  # type: ignore[arg-type]
+        size = max(1, config.batch_size // accelerator.num_processes)
+        groups = [list(share[start : start + size]) for start in range(0, len(share), size)]
+        loader: DataLoader[Any] = DataLoader(
+            self.validation,
+            batch_sampler=groups,
+            collate_fn=getattr(self.validation, "collate_fn", None) or self.collate_fn,
+            num_workers=config.workers,
+        )
+        totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        for number, batch in enumerate(loader):
+            args, kwargs, labels = split_batch(send_to_device(batch, accelerator.device))
+            if labels is None:
+                raise DataError("a validation batch has no labels.")
+            with accelerator.autocast():
+                predictive = self._predict(args, kwargs, seed=config.seed + number)
+            if predictive.task == "regression":
+                error = (predictive.mean - labels.view_as(predictive.mean)).square().mean()
+                totals += torch.tensor([error * len(predictive), 0.0, len(predictive)], device=totals.device)
+            else:
+                right = (predictive.probs.argmax(-1) == labels).sum()
+                totals += torch.stack([-predictive.log_prob(labels).sum(), right, right.new_tensor(labels.numel())])
+        nll, right, count = accelerator.reduce(totals, "sum").tolist()  # type: ignore[union-attr]
+        return {"validation_nll": nll / count, "validation_accuracy": right / count}
+
+    def _predict(self, args: Any, kwargs: Any, seed: int) -> Predictive:
+        if isinstance(self.model, BayesianModel):
+            return self.model.predict(*args, **kwargs, samples=self.config.eval_samples, seed=seed)
+        self.model.eval()
+        return Predictive(Rows(self.model).outputs(self.model(*args, **kwargs))[None, None])
+
+    # ---------------------------------------------------------------------------------------------- parts
+
+    def _objective(self) -> Callable[[Any, Tensor | None, int], ELBOTerms]:
+        if not isinstance(self.model, BayesianModel):
+            return _cross_entropy(self.model)
+        annealing = round(self.config.kl_annealing * self.total_steps)
+        return ELBO(self.model, len(self.train), annealing_steps=annealing, likelihood=self.config.likelihood)  # type: ignore[arg-type]
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder of the last checkpoint."""
+        return None if self.output is None else self.output / "checkpoint"
+
+    def _save(self, optimizer: Any, progress: dict[str, Any], best: dict[str, Tensor]) -> None:
+        if self.checkpoint is None:
+            return
+        states = self.accelerator.gather_for_metrics([random_state()], use_gather_object=True)
+        scaler = self.accelerator.scaler
+        progress = {**progress, "random": states, "scaler": None if scaler is None else _plain(scaler.state_dict())}
+        progress["config"] = self.config.to_dict()
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.checkpoint, self.model, optimizer, progress, best)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if self.checkpoint is None:
+            raise FormatError("resume=True needs the output folder of the run to resume.")
+        progress, best = load_checkpoint(self.checkpoint, self.model, optimizer)
+        states = progress["random"]
+        if len(states) != self.accelerator.num_processes:
+            raise FormatError(
+                f"{self.checkpoint}: was written by {len(states)} processes; found {self.accelerator.num_processes}."
+            )
+        set_random_state(states[self.accelerator.process_index])
+        if self.accelerator.scaler is not None and progress["scaler"]:
+            self.accelerator.scaler.load_state_dict(progress["scaler"])
+        return progress, best
+
+
+def _accelerator(config: FineTuneConfig, output: Path | None) -> Accelerator:
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.precision:
+        AcceleratorState._reset_state(reset_partial_state=False)  # the state is global, the precision is not
+    return Accelerator(
+        mixed_precision=config.precision,
+        log_with=list(config.trackers) or None,
+        project_dir=None if output is None else str(output),
+    )
+
+
+def _cross_entropy(model: nn.Module) -> Callable[[Any, Tensor | None, int], ELBOTerms]:
+    """The loss of a plain network, in the form the loop expects."""
+
+    def objective(output: Any, targets: Tensor | None, step: int) -> ELBOTerms:
+        if targets is None:
+            nll = output.loss
+        else:
+            logits = Rows(model).outputs(output).float()
+            check_labels(targets, logits.shape[-1])
+            nll = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+        return ELBOTerms(nll, nll.detach(), torch.zeros(()), 0.0)
+
+    return objective
+
+
+def _check_partition(model: nn.Module, config: FineTuneConfig, batches: RankBatches) -> None:
+    if config.expand != "partition" or not isinstance(model, BayesianModel):
+        return
+    share = batches.batch_size // batches.world
+    if share % model.members:
+        raise DataError(
+            f"expand='partition' needs a batch on each process that {model.members} members can share; found {share} "
+            f"examples. Give a batch_size that is a multiple of {model.members * batches.world}."
+        )
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """The part of a state dict that JSON keeps."""
+    kinds = (int, float, bool, str, list, type(None))
+    return {name: value for name, value in state.items() if isinstance(value, kinds)}
