@@ -148,13 +148,13 @@ def _reduce(output: Any, members: int, batch: int, task: Task | None, named_logi
         return _mean(value, members, 0)
 
     if isinstance(output, Mapping):
-        items = {
-            name: map_tensors(value, lambda t, n=name: tensor(t, n == "logits")) for name, value in output.items()
-        }
+        items = {name: map_tensors(value, lambda t, n=name: tensor(t, n == "logits")) for name, value in output.items()}
         return type(output)(**items) if dataclasses.is_dataclass(output) else type(output)(items)  # type: ignore[call-arg]
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         fields = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
-        changed = {name: map_tensors(value, lambda t, n=name: tensor(t, n == "logits")) for name, value in fields.items()}
+        changed = {
+            name: map_tensors(value, lambda t, n=name: tensor(t, n == "logits")) for name, value in fields.items()
+        }
         return dataclasses.replace(output, **changed)
     return map_tensors(output, lambda t: tensor(t, not named_logits))
 

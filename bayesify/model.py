@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,12 @@ from bayesify.config import Rank1Config
 from bayesify.distributions import CLIP, Factor, kl_divergence
 from bayesify.errors import BayesifyError, ConversionError, DataError
 from bayesify.graph import ConversionReport, restore, site_name
-from bayesify.layers import Rank1Layer, detach, is_exact, original_class, rank1_class
+from bayesify.layers import Rank1Layer, detach, is_exact, original_class
 from bayesify.predictive import Predictive, Task
+
+if TYPE_CHECKING:
+    from bayesify.data import Preprocessing
+    from bayesify.hub import Origin
 
 Expansion = Literal["replicate", "partition"]
 
@@ -41,7 +45,12 @@ class BayesianModel(nn.Module):
         task: "classification", "regression" (outputs are averaged) or None (decided by the output's shape).
         expansion: in training, "replicate" shows every example to every member; "partition" gives each member
             B/K of the rows, in order, without repeating anything.
+        origin, label_names, preprocessing: where the network came from, its classes and how its inputs are made;
+            kept for `save_pretrained`.
     """
+
+    origin: Origin | None
+    preprocessing: Preprocessing | None
 
     def __init__(
         self, model: nn.Module, config: Rank1Config, report: ConversionReport, task: Task | None = None
@@ -52,6 +61,9 @@ class BayesianModel(nn.Module):
         self.report = report
         self.task: Task | None = task
         self.expansion: Expansion = "replicate"
+        self.origin = None
+        self.label_names: list[str] = []
+        self.preprocessing = None
 
     # -------------------------------------------------------------------------------------------- structure
 
@@ -151,7 +163,9 @@ class BayesianModel(nn.Module):
                 draws = [
                     torch.cat(
                         [
-                            self._outputs(rows, args, kwargs, batch, slice(start, min(start + chunk, self.members)), key)
+                            self._outputs(
+                                rows, args, kwargs, batch, slice(start, min(start + chunk, self.members)), key
+                            )
                             for start in range(0, self.members, chunk)
                         ]
                     )
@@ -165,9 +179,7 @@ class BayesianModel(nn.Module):
             outputs = outputs.unsqueeze(-1)
         return Predictive(outputs, resolve_task(outputs[0, 0], self.task))
 
-    def _outputs(
-        self, rows: Rows, args: Any, kwargs: Any, batch: int, members: slice, key: Any
-    ) -> Tensor:
+    def _outputs(self, rows: Rows, args: Any, kwargs: Any, batch: int, members: slice, key: Any) -> Tensor:
         """[k, B, ...] outputs of some members for one draw."""
         count = members.stop - members.start
         args, kwargs = rows.expand(args, kwargs, count)

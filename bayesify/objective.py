@@ -35,7 +35,7 @@ class ELBO:
         model: the Bayesian model whose KL counts.
         num_examples: N, the number of training examples. The division by N happens here and nowhere else.
         annealing_steps: κ rises linearly, κ(t) = min(1, (t + 1) / annealing_steps); 0 keeps it at 1.
-        likelihood: "average" takes the mean of the members' log-likelihoods (better on test data in the paper's Fig. 4);
+        likelihood: "average" takes the mean of the members' log-likelihoods (better on test data: paper, Fig. 4);
             "mixture" the log-likelihood of the members' mean probability.
 
     Weight decay is the optimizer's business, and applies to slow weights only.

@@ -29,9 +29,7 @@ def check_column(splits: dict[str, Dataset], column: str, option: str) -> None:
     if column not in names:
         near = difflib.get_close_matches(column, names, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise DataError(
-            f"{option}={column!r} is not a column of the data; columns: {', '.join(names)}.{hint}"
-        )
+        raise DataError(f"{option}={column!r} is not a column of the data; columns: {', '.join(names)}.{hint}")
 
 
 def find_label(splits: dict[str, Dataset]) -> str | None:
@@ -48,9 +46,7 @@ def find_label(splits: dict[str, Dataset]) -> str | None:
             return name
     found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     if len(found) > 1:
-        raise DataError(
-            f"several columns hold class labels: {', '.join(found)}; choose one with label_column."
-        )
+        raise DataError(f"several columns hold class labels: {', '.join(found)}; choose one with label_column.")
     return found[0] if found else None
 
 
@@ -117,9 +113,7 @@ def encode_labels(splits: dict[str, Dataset], column: str) -> tuple[dict[str, Da
             continue
         if isinstance(feature, ClassLabel):
             declared[name] = list(feature.names)
-            found = [
-                None if v is None else feature.names[v] if 0 <= v < len(feature.names) else -1 for v in found
-            ]
+            found = [None if v is None else feature.names[v] if 0 <= v < len(feature.names) else -1 for v in found]
         elif wrong := next((v for v in found if v is not None and not isinstance(v, int | str)), None):
             raise DataError(
                 f"label column {column!r} of split {name!r} holds {type(wrong).__name__} values such as "
@@ -127,9 +121,7 @@ def encode_labels(splits: dict[str, Dataset], column: str) -> tuple[dict[str, Da
             )
         values[name] = found
     names, codes = _codes(values, declared)
-    encoded = {
-        name: data.remove_columns(column) if name in unlabeled else data for name, data in splits.items()
-    }
+    encoded = {name: data.remove_columns(column) if name in unlabeled else data for name, data in splits.items()}
     for name, found in values.items():
         if declared.get(name) != names:
             labels = [-1 if value is None else codes.get(value, value) for value in found]

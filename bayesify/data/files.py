@@ -73,9 +73,7 @@ def image_files(root: Path) -> dict[str, list[str]]:
     found = [file for file in _visible(root, root.rglob("*")) if _is_image(file)]
     if not found:
         return {}
-    metadata = [
-        f for f in _visible(root, root.rglob("metadata.*")) if f.suffix in (".csv", ".jsonl", ".parquet")
-    ]
+    metadata = [f for f in _visible(root, root.rglob("metadata.*")) if f.suffix in (".csv", ".jsonl", ".parquet")]
     tops = {file.relative_to(root).parts[0] for file in found if file.parent != root}
     if not tops or len(tops) != len({canonical_split(top) for top in tops} & set(SPLIT_WORDS.values())):
         return {"train": [str(file) for file in found + metadata]}

@@ -167,11 +167,7 @@ class TextPreprocessing:
 def _pixel_batch(inputs: list[Tensor], labels: list[int] | None, as_dict: bool) -> Batch:
     pixels = torch.stack(inputs)
     if as_dict:
-        return (
-            {"pixel_values": pixels}
-            if labels is None
-            else {"pixel_values": pixels, "labels": torch.tensor(labels)}
-        )
+        return {"pixel_values": pixels} if labels is None else {"pixel_values": pixels, "labels": torch.tensor(labels)}
     return (pixels,) if labels is None else (pixels, torch.tensor(labels))
 
 

@@ -109,9 +109,7 @@ class PreparedDataset(TorchDataset):
     def collate_fn(self, items: list[tuple[Any, int | None]]) -> Batch:
         """A batch as the model takes it: a tuple for timm, a dict for transformers; labels [B] if any."""
         labels = [label for _, label in items if label is not None]
-        return self.preprocessing.collate(
-            [value for value, _ in items], labels if self.labels is not None else None
-        )
+        return self.preprocessing.collate([value for value, _ in items], labels if self.labels is not None else None)
 
 
 def prepare(

@@ -31,16 +31,12 @@ def preprocessing_from_dict(fields: Mapping[str, Any], folder: str | Path) -> Pr
         raise FormatError(f"preprocessing must be an object; found {type(fields).__name__}.")
     cls = _TYPES.get(str(fields.get("type")))
     if cls is None:
-        raise FormatError(
-            f"preprocessing.type must be one of {', '.join(_TYPES)}; found {fields.get('type')!r}."
-        )
+        raise FormatError(f"preprocessing.type must be one of {', '.join(_TYPES)}; found {fields.get('type')!r}.")
     expected = {field.name for field in dataclasses.fields(cls)} - {"processor", "tokenizer"}
     values = {name: value for name, value in fields.items() if name != "type"}
     if wrong := sorted(values.keys() ^ expected):
         problem = "is unknown" if wrong[0] in values else "is missing"
-        raise FormatError(
-            f"preprocessing.{wrong[0]} {problem}; its fields are type, {', '.join(sorted(expected))}."
-        )
+        raise FormatError(f"preprocessing.{wrong[0]} {problem}; its fields are type, {', '.join(sorted(expected))}.")
     if cls is HubImagePreprocessing:
         values["processor"] = load_processor(folder)
     if cls is TextPreprocessing:
@@ -96,9 +92,7 @@ def preprocessing_for(
                 _per_channel(ImagePreprocessing.std, channels),
             )
             return ImagePreprocessing((channels, height, width), mean=mean, std=std, as_dict=True)
-        return HubImagePreprocessing(
-            load_processor(source, image_size, revision, trust_remote_code), channels
-        )
+        return HubImagePreprocessing(load_processor(source, image_size, revision, trust_remote_code), channels)
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise DataError(f"{type(model).__name__} takes images; the data set holds texts.")
     if source is None:
@@ -142,23 +136,17 @@ def load_processor(
         for name in ("size", "crop_size"):
             if current := getattr(processor, name, None):
                 shortest = "shortest_edge" in dict(current)
-                setattr(
-                    processor, name, type(current)(**({"shortest_edge": image_size} if shortest else square))
-                )
+                setattr(processor, name, type(current)(**({"shortest_edge": image_size} if shortest else square)))
     return processor
 
 
 def _load(auto: Any, what: str, source: str | Path, revision: str | None, trust_remote_code: bool) -> Any:
     try:
-        return auto.from_pretrained(
-            str(source), revision=revision or "main", trust_remote_code=trust_remote_code
-        )
+        return auto.from_pretrained(str(source), revision=revision or "main", trust_remote_code=trust_remote_code)
     except BayesifyError:
         raise
     except Exception as error:  # the libraries raise whatever the broken file leads to
-        raise FormatError(
-            f"no usable {what} in {str(source)!r}: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise FormatError(f"no usable {what} in {str(source)!r}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _timm_preprocessing(model: nn.Module, image_size: int | None) -> ImagePreprocessing:
@@ -167,15 +155,11 @@ def _timm_preprocessing(model: nn.Module, image_size: int | None) -> ImagePrepro
     config = resolve_model_data_config(model)
     channels, *size = config["input_size"]
     embed: Any = getattr(model, "patch_embed", None)
-    built = getattr(
-        embed, "img_size", None
-    )  # the config keeps the checkpoint's size when a model is built for another
+    built = getattr(embed, "img_size", None)  # the config keeps the checkpoint's size when a model is built for another
     size = list(built or size)
     if image_size is not None:
         if built and getattr(embed, "strict_img_size", False) and tuple(built) != (image_size, image_size):
-            raise DataError(
-                f"this model takes images of {built[0]}×{built[1]} only; found image_size={image_size}."
-            )
+            raise DataError(f"this model takes images of {built[0]}×{built[1]} only; found image_size={image_size}.")
         size = [image_size, image_size]
     first = getattr(model, "pretrained_cfg", {}).get("first_conv")
     if isinstance(first, str):

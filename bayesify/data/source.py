@@ -106,9 +106,7 @@ def _read(dataset: str | Path, subset: str | None, revision: str | None) -> dict
     except BayesifyError:
         raise
     except Exception as error:  # every reader behind `datasets` has its own errors
-        place = (
-            "read from disk" if path.exists() else "loaded from the Hugging Face Hub (there is no such path)"
-        )
+        place = "read from disk" if path.exists() else "loaded from the Hugging Face Hub (there is no such path)"
         raise DataError(
             f"data set {str(dataset)!r} could not be {place}: {type(error).__name__}: {_brief(error)}"
         ) from error
@@ -160,15 +158,11 @@ def _as_input(data: Dataset, split: str, kind: Kind, columns: list[str | None]) 
     for column in columns:
         if column is None or column not in data.column_names:
             if column is not None:
-                raise DataError(
-                    f"split {split!r} lacks column {column!r}; it has {', '.join(data.column_names)}."
-                )
+                raise DataError(f"split {split!r} lacks column {column!r}; it has {', '.join(data.column_names)}.")
             continue
         feature = data.features[column]
         if not (is_image if kind == "image" else is_text)(feature):
-            raise DataError(
-                f"column {column!r} of split {split!r} does not hold {kind}s: its type is {feature}."
-            )
+            raise DataError(f"column {column!r} of split {split!r} does not hold {kind}s: its type is {feature}.")
         if kind == "image" and (not isinstance(feature, datasets.Image) or not feature.decode):
             data = data.cast_column(column, datasets.Image())
     return data
@@ -186,9 +180,7 @@ def _only(splits: dict[str, Dataset], spec: str) -> dict[str, Dataset]:
         try:
             (part,) = ReadInstruction.from_spec(f"part{match['slice']}").to_absolute({"part": len(data)})
         except (ValueError, AssertionError) as error:
-            raise DataError(
-                f"split {spec!r} is not understood; write e.g. {name}[:100] or {name}[:10%]."
-            ) from error
+            raise DataError(f"split {spec!r} is not understood; write e.g. {name}[:100] or {name}[:10%].") from error
         data = data.select(range(len(data))[part.from_ : part.to])
     return {name: data}
 

@@ -72,9 +72,7 @@ class Splits:
             raise ConfigError(f"the validation fraction must lie between 0 and 1; found {fraction}.")
         train = self.get("train")
         labeled = self.label_column is not None and self.label_column in train.column_names
-        labels = (
-            column_values(train, self.label_column) if labeled and self.label_column else [0] * len(train)
-        )
+        labels = column_values(train, self.label_column) if labeled and self.label_column else [0] * len(train)
         held_out = _stratified(labels, fraction, seed)
         if not held_out or len(held_out) == len(train):
             raise DataError(

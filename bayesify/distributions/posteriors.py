@@ -94,9 +94,7 @@ class Factor(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_draw": None}
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # A checkpoint of the original network has no factors: it loads, and the factors stay as they are.
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]

@@ -76,9 +76,7 @@ def evaluate(
     models = {name: model}
     if baseline is not None:
         if name == BASELINE:
-            raise ConfigError(
-                f"name={name!r} is what the baseline is called; choose another name for the model."
-            )
+            raise ConfigError(f"name={name!r} is what the baseline is called; choose another name for the model.")
         for given, batches in (("data", data), ("out_of_distribution", out_of_distribution)):
             if isinstance(batches, Iterator):
                 raise DataError(

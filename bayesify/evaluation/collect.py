@@ -130,9 +130,7 @@ def _plain(output: Any, task: Task) -> Predictive:
 def _check(prediction: Predictive, target: Tensor, index: int) -> None:
     """Fail on the batch that is wrong, not after the whole data set has been run."""
     if target.dim() == 0 or len(target) != len(prediction):
-        raise DataError(
-            f"batch {index} has labels of shape {tuple(target.shape)} for {len(prediction)} examples."
-        )
+        raise DataError(f"batch {index} has labels of shape {tuple(target.shape)} for {len(prediction)} examples.")
     if prediction.task == "classification" and not target.is_floating_point():
         check_labels(target, prediction.outputs.shape[-1])
 

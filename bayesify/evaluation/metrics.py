@@ -32,15 +32,9 @@ METRICS: dict[str, Metric] = {
     "accuracy": Metric("Accuracy", "fraction", "up", "share of examples whose most probable class is right"),
     "nll": Metric("NLL", "nats", "down", "mean −log of the probability the mixture gave to the true class"),
     "ece": Metric("ECE", "fraction", "down", f"mean |accuracy − confidence| over {BINS} equal-width bins"),
-    "brier": Metric(
-        "Brier", "0 to 2", "down", "mean squared distance of the probabilities to the one-hot truth"
-    ),
-    "aurc": Metric(
-        "AURC", "fraction", "down", "error rate among the most confident, averaged over all coverages"
-    ),
-    "disagreement": Metric(
-        "Disagreement", "fraction", "", "share of examples on which two members differ in class"
-    ),
+    "brier": Metric("Brier", "0 to 2", "down", "mean squared distance of the probabilities to the one-hot truth"),
+    "aurc": Metric("AURC", "fraction", "down", "error rate among the most confident, averaged over all coverages"),
+    "disagreement": Metric("Disagreement", "fraction", "", "share of examples on which two members differ in class"),
     "member_nll": Metric("Member NLL", "nats", "down", "NLL of a single member, averaged over members"),
     "member_accuracy": Metric(
         "Member accuracy", "fraction", "up", "accuracy of a single member, averaged over members"
@@ -49,9 +43,7 @@ METRICS: dict[str, Metric] = {
     "mutual_information": Metric(
         "Mutual information", "nats", "", "mean part of the entropy due to members and samples disagreeing"
     ),
-    "rmse": Metric(
-        "RMSE", "units of the target", "down", "root of the mean squared error of the predictive mean"
-    ),
+    "rmse": Metric("RMSE", "units of the target", "down", "root of the mean squared error of the predictive mean"),
     "epistemic_variance": Metric(
         "Epistemic variance", "target units²", "", "mean variance of the outputs over members and samples"
     ),
@@ -120,9 +112,7 @@ def regression_metrics(predictive: Predictive, targets: Tensor) -> dict[str, flo
         raise DataError(f"targets must have shape {tuple(mean.shape)}; found {tuple(targets.shape)}.")
     targets = targets.to(mean.device, torch.float32)
     if mean.isnan().any() or targets.isnan().any():
-        raise DataError(
-            "the outputs or the targets hold NaN. Drop rows without a target and check the inputs."
-        )
+        raise DataError("the outputs or the targets hold NaN. Drop rows without a target and check the inputs.")
     rmse = mean_squared_error(mean.flatten(), targets.flatten(), squared=False)
     return {"rmse": float(rmse), "epistemic_variance": float(predictive.variance.mean())}
 
@@ -138,9 +128,7 @@ def ood_metrics(inside: Predictive, outside: Predictive) -> dict[str, float]:
     from torchmetrics.functional.classification import binary_auroc
 
     if len(inside) == 0 or len(outside) == 0:
-        raise DataError(
-            f"AUROC needs examples on both sides; found {len(inside)} inside, {len(outside)} outside."
-        )
+        raise DataError(f"AUROC needs examples on both sides; found {len(inside)} inside, {len(outside)} outside.")
     result = {}
     within, beyond = doubts(inside), doubts(outside)
     for name, low in within.items():
@@ -202,9 +190,7 @@ def class_table(scores: Scores, class_names: Sequence[str]) -> list[dict[str, st
         DataError: not one name for each class.
     """
     if len(class_names) != scores.num_classes:
-        raise DataError(
-            f"found {len(class_names)} class names for a model with {scores.num_classes} classes."
-        )
+        raise DataError(f"found {len(class_names)} class names for a model with {scores.num_classes} classes.")
     count = scores.targets.bincount(minlength=scores.num_classes)
     hits = scores.targets[scores.correct].bincount(minlength=scores.num_classes)
     rows: list[dict[str, str | int | float]] = [

@@ -18,9 +18,9 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from bayesify.errors import DataError
-from bayesify.evaluation.files import replacing
 from bayesify.evaluation.metrics import BINS, calibration_bins, calibration_error, risk_coverage_curve
 from bayesify.evaluation.scores import Scores, doubts, score
+from bayesify.files import replacing
 from bayesify.predictive import Predictive
 
 BLUE, ORANGE, RED, GREEN = "#3b6fb6", "#e08a1e", "#c8423b", "#3f8f5b"
@@ -78,9 +78,7 @@ def _reliability(upper: Axes, lower: Axes, scores: Scores) -> None:
         _tidy(axis)
 
 
-def uncertainty_histogram(
-    inside: Predictive, outside: Predictive | None, path: str | Path, correct: Tensor
-) -> None:
+def uncertainty_histogram(inside: Predictive, outside: Predictive | None, path: str | Path, correct: Tensor) -> None:
     """Histograms of entropy and mutual information, in nats: right, wrong and out-of-distribution examples.
 
     Args:
@@ -120,9 +118,7 @@ def _histogram(axis: Axes, groups: dict[str, tuple[Tensor, str]]) -> None:
     for label, (values, color) in groups.items():
         share = np.histogram(values.numpy().clip(0, edges[-1]), edges)[0] / len(values)
         axis.stairs(share, edges, fill=True, color=color, alpha=0.22)
-        axis.stairs(
-            share, edges, color=color, linewidth=1.6, label=f"{label} (mean {float(values.mean()):.3g})"
-        )
+        axis.stairs(share, edges, color=color, linewidth=1.6, label=f"{label} (mean {float(values.mean()):.3g})")
     axis.set_xlim(0, edges[-1])
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     _tidy(axis)

@@ -15,9 +15,9 @@ from rich.text import Text
 from torch import Tensor
 
 from bayesify.errors import FormatError
-from bayesify.evaluation.files import replacing
 from bayesify.evaluation.metrics import METRICS, Metric
 from bayesify.evaluation.scores import score
+from bayesify.files import replacing
 from bayesify.predictive import Predictive
 
 FORMAT_VERSION = 1
@@ -70,9 +70,7 @@ class Evaluation:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise FormatError(
-                f"cannot read {path}: {error}. Give the folder an evaluation was saved to."
-            ) from error
+            raise FormatError(f"cannot read {path}: {error}. Give the folder an evaluation was saved to.") from error
         version = stored.pop("format_version", None) if isinstance(stored, dict) else None
         if version != FORMAT_VERSION:
             raise FormatError(f"{path}: format_version is {version!r}; expected {FORMAT_VERSION}.")
@@ -90,22 +88,16 @@ class Evaluation:
         table.add_column("unit", style="dim")
         for metric, values in self._rows():
             title = f"{metric.title} {ARROWS[metric.better]}".rstrip()
-            table.add_row(
-                title, *(Text(text, style="bold" if best else "") for text, best in values), metric.unit
-            )
+            table.add_row(title, *(Text(text, style="bold" if best else "") for text, best in values), metric.unit)
         return table
 
     def __str__(self) -> str:
-        console = Console(
-            file=io.StringIO(), width=100, color_system=None, force_terminal=False, legacy_windows=False
-        )
+        console = Console(file=io.StringIO(), width=100, color_system=None, force_terminal=False, legacy_windows=False)
         console.print(self)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
     def _heading(self) -> str:
-        return (
-            f"{self.num_examples} examples; members {self.members}, samples {self.samples}, seed {self.seed}"
-        )
+        return f"{self.num_examples} examples; members {self.members}, samples {self.samples}, seed {self.seed}"
 
     def _rows(self) -> list[tuple[Metric, list[tuple[str, bool]]]]:
         """For each metric, the (text, is the best) of every model; a lone model is never called best."""
@@ -120,19 +112,14 @@ class Evaluation:
             rows.append(
                 (
                     metric,
-                    [
-                        ("–" if v is None else f"{v:.4f}", ranked and v is not None and v == best)
-                        for v in values
-                    ],
+                    [("–" if v is None else f"{v:.4f}", ranked and v is not None and v == best) for v in values],
                 )
             )
         return rows
 
     def _plain(self) -> dict[str, Any]:
         """What report.json holds. JSON has no infinities, so these are stored as their names."""
-        stored = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("predictions", "outside")
-        }
+        stored = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("predictions", "outside")}
         for name in ("metrics", "ood"):
             stored[name] = {
                 model: {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
@@ -175,9 +162,7 @@ class Evaluation:
             lines += [f"![{file.removesuffix('.png').replace('_', ' ')}]({file})", "", caption, ""]
         if self.classes:
             lines += ["## Hardest classes", "", "| class | examples | accuracy |", "|---|---:|---:|"]
-            lines += [
-                f"| {_cell(r['class'])} | {r['examples']} | {r['accuracy']:.4f} |" for r in self.classes[:10]
-            ]
+            lines += [f"| {_cell(r['class'])} | {r['examples']} | {r['accuracy']:.4f} |" for r in self.classes[:10]]
             lines += [""]
         if self.settings:
             lines += ["## Settings", ""]

@@ -74,10 +74,7 @@ def score(predictive: Predictive, targets: Tensor) -> Scores:
 
     outputs = outputs.flatten(2, -2)
     targets = targets.to(outputs.device, torch.int64).flatten()
-    parts = [
-        _columns(Predictive(o), t)
-        for o, t in zip(_chunks(outputs), targets.split(_rows(outputs)), strict=True)
-    ]
+    parts = [_columns(Predictive(o), t) for o, t in zip(_chunks(outputs), targets.split(_rows(outputs)), strict=True)]
     columns = {name: torch.cat([part[name] for part in parts], dim=-1).cpu() for name in parts[0]}
     columns = {name: c.double() if c.is_floating_point() else c for name, c in columns.items()}
     bad = int(columns["entropy"].isnan().sum())

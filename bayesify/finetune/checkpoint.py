@@ -34,8 +34,7 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor], source: str) 
     missing, foreign = sorted(set(expected) - set(state)), sorted(set(state) - set(own))
     if missing or foreign:
         raise FormatError(
-            f"{source}: does not belong to this model and these options "
-            f"(missing {missing[:3]}, unknown {foreign[:3]})."
+            f"{source}: does not belong to this model and these options (missing {missing[:3]}, unknown {foreign[:3]})."
         )
     for name, value in state.items():
         if value.shape != own[name].shape:
@@ -95,9 +94,7 @@ def load_checkpoint(
     current = optimizer.state_dict()["param_groups"]
     if len(current) != len(content["groups"]):
         raise FormatError(f"{folder}: has {len(content['groups'])} parameter groups; expected {len(current)}.")
-    groups = [
-        {**saved, "params": group["params"]} for saved, group in zip(content["groups"], current, strict=True)
-    ]
+    groups = [{**saved, "params": group["params"]} for saved, group in zip(content["groups"], current, strict=True)]
     for saved in groups:
         if "betas" in saved:
             saved["betas"] = tuple(saved["betas"])

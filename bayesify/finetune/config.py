@@ -36,7 +36,7 @@ class FineTuneConfig:
         train: "all" trains slow weights and factors; "factors" freezes the slow weights but for a classification head
             and what `train_also` names.
         train_also: name patterns of slow weights that train with the factors (full dotted names or globs).
-        norms_and_biases: with train="factors", also train normalization layers and biases (all one-dimensional weights).
+        norms_and_biases: with train="factors", also train norms and biases (all one-dimensional weights).
         expand: "replicate" shows every example to every member; "partition" gives each member B/K of the batch.
         likelihood: "average" of the members' log-likelihoods, or of the "mixture".
         kl_annealing: fraction of the steps over which the weight of the KL rises linearly to 1.

@@ -37,7 +37,7 @@ def select_trained(model: nn.Module, config: FineTuneConfig) -> None:
 
 
 def head_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters of a classification head: timm's classifier, or what transformers put on its base model."""
+    """Names of a classification head's parameters: timm's classifier, or what transformers put on its base model."""
     if callable(getattr(model, "get_classifier", None)):
         heads: Any = model.get_classifier()  # type: ignore[operator]
         wanted = {id(p) for h in (heads if isinstance(heads, (tuple, list)) else [heads]) if isinstance(h, nn.Module)

@@ -185,7 +185,8 @@ class FineTuner:
                     optimizer.zero_grad()
                     kept = f" The last checkpoint, in {self.output}, is kept." if self.output else ""
                     raise TrainingError(
-                        f"the loss is {loss} at step {step + 1} (nll {terms.nll.item():.4g}, kl {terms.kl.item():.4g}). "
+                        f"the loss is {loss} at step {step + 1} "
+                        f"(nll {terms.nll.item():.4g}, kl {terms.kl.item():.4g}). "
                         f"Try a lower learning_rate or factor_lr_multiplier.{kept}"
                     )
                 accelerator.backward(terms.loss / config.accumulation)

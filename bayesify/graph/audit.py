@@ -24,8 +24,8 @@ def audit(model: nn.Module, inputs: Inputs, plan: Plan, config: Rank1Config) -> 
     Sites that the inputs do not reach move to `plan.skipped`.
 
     Raises:
-        ConversionError: with every factor at 1 a member does not reproduce the network, or an example's output depends on
-            another row's factors.
+        ConversionError: with every factor at 1 a member does not reproduce the network, or an example's output
+            depends on another row's factors.
     """
     rows = Rows(model)
     batch = rows.batch_size(*inputs)
@@ -79,7 +79,9 @@ def _check_reach(
 ) -> None:
     """One backward pass from the first row alone: its own factors must move it, nobody else's may."""
     dim = rows.input_dim
-    first = [o.select(dim, 0).float() for o in outputs if o.requires_grad and o.dim() > dim and o.shape[dim] == 2 * batch]
+    first = [
+        o.select(dim, 0).float() for o in outputs if o.requires_grad and o.dim() > dim and o.shape[dim] == 2 * batch
+    ]
     if not first:
         raise ConversionError("no output of the network depends on its converted layers on the example inputs.")
     generator = torch.Generator().manual_seed(0)

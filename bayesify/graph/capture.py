@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 _LINEAR_FUNCTIONS: set[Any] = {
     operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, torch.mv,
-    torch.tensordot, torch.inner, F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d,
+    torch.tensordot, torch.inner, F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d,
+    torch.conv3d,
     F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.multi_head_attention_forward,
 }  # fmt: skip
 _LINEAR_NAMES = {
@@ -117,7 +118,11 @@ def forward_names(module: nn.Module) -> set[str]:
             continue
         mentioned = _code_names(code)
         names |= mentioned
-        own = {n for n in mentioned - seen if inspect.isroutine(getattr(type(module), n, None)) and not hasattr(nn.Module, n)}
+        own = {
+            n
+            for n in mentioned - seen
+            if inspect.isroutine(getattr(type(module), n, None)) and not hasattr(nn.Module, n)
+        }
         seen |= own
         pending.extend(own)
     return names

@@ -61,7 +61,13 @@ class ConversionReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         sites = Table(title=f"Sites ({len(self.converted)})", title_justify="left")
-        for column, justify in (("site", "left"), ("layer", "left"), ("s", "right"), ("r", "right"), ("tied to", "left")):
+        for column, justify in (
+            ("site", "left"),
+            ("layer", "left"),
+            ("s", "right"),
+            ("r", "right"),
+            ("tied to", "left"),
+        ):
             sites.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
         for name, kind in self.converted.items():
             size = self.sizes.get(name)

@@ -64,10 +64,13 @@ def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = No
     _check_linear(plan)
     _apply_patterns(plan, config, candidates)
     if not plan.layers:
-        kinds = sorted({type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None})
+        kinds = sorted(
+            {type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None}
+        )
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:5])
         raise ConversionError(
-            f"found no layer to convert in {type(model).__name__}. Modules with parameters: {', '.join(kinds) or 'none'}. "
+            f"found no layer to convert in {type(model).__name__}. Modules with parameters: "
+            + f"{', '.join(kinds) or 'none'}. "
             + (f"Skipped: {reasons}. " if reasons else "")
             + "Expected linear, convolutional or recurrent layers; register your own with @rank1."
         )
@@ -90,7 +93,9 @@ def _collect_layers(model: nn.Module, plan: Plan) -> None:
     inside: list[tuple[str, str]] = []
     for name, module in model.named_modules():
         if any(is_lazy(p) for p in module.parameters(recurse=False)):
-            raise ConversionError(f"{name or 'the model'} has parameters without a shape yet; run one forward pass first.")
+            raise ConversionError(
+                f"{name or 'the model'} has parameters without a shape yet; run one forward pass first."
+            )
         outer = next((prefix for prefix, _ in inside if name.startswith(prefix)), None)
         if rank1_class(type(module)) is not None:
             if outer is not None:
@@ -227,7 +232,11 @@ def matches(name: str, pattern: str) -> bool:
 
 def _has_code_of_its_own(name: str, module: nn.Module, plan: Plan) -> bool:
     """Modules worth a look: no converted layer, nothing inside one, no plain container, no leaf of torch.nn."""
-    if name in plan.layers or name in plan.skipped or isinstance(module, (*_READS_WEIGHTS, nn.ModuleList, nn.ModuleDict)):
+    if (
+        name in plan.layers
+        or name in plan.skipped
+        or isinstance(module, (*_READS_WEIGHTS, nn.ModuleList, nn.ModuleDict))
+    ):
         return False
     if any(name.startswith(f"{layer}.") for layer in plan.layers if layer) or "" in plan.layers:
         return False

@@ -91,7 +91,7 @@ def load_base(
     if place is not None:
         if revision is not None:
             raise ConfigError(f"revision={revision!r} is for Hub ids; {name} is a folder.")
-        library, source = _folder_library(place), str(place)
+        library, source = _folder_library(place, pretrained), str(place)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         config, revision = _hub_config(name, revision)
         library, source = ("timm" if "architecture" in config else "transformers"), name
@@ -118,18 +118,17 @@ def load_base(
     return Base(network.eval(), library, name, revision, arguments, names or known, new)
 
 
-def _folder_library(folder: Path) -> Library:
+def _folder_library(folder: Path, pretrained: bool) -> Library:
     file = folder / "config.json"
     config = read_json(file) if file.is_file() else {}
     if "architecture" not in config and "model_type" not in config:
         found = "has neither model_type (transformers) nor architecture (timm)" if config else "is missing"
         raise FormatError(f"{folder} is not a model folder: config.json {found}.")
-    weights = [path.name for path in folder.glob("*.safetensors")]
-    if "architecture" in config:
-        if "model.safetensors" not in weights:
-            raise FormatError(f"{folder} has no model.safetensors; weights are never read from pickle files.")
-        return "timm"
-    return "transformers"
+    if "architecture" not in config:
+        return "transformers"
+    if pretrained and not (folder / "model.safetensors").is_file():
+        raise FormatError(f"{folder} has no model.safetensors; weights are never read from pickle files.")
+    return "timm"
 
 
 def _hub_config(id: str, revision: str | None) -> tuple[dict[str, Any], str]:

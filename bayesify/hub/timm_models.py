@@ -38,9 +38,7 @@ def save_timm_folder(model: nn.Module, folder: str | Path, label_names: Sequence
     from timm.models import save_for_hf
 
     if not getattr(model, "pretrained_cfg", None):
-        raise ConfigError(
-            f"{type(model).__name__} has no pretrained_cfg; only models made by timm can be written so."
-        )
+        raise ConfigError(f"{type(model).__name__} has no pretrained_cfg; only models made by timm can be written so.")
     config = {"label_names": list(label_names)} if label_names is not None else None
     save_for_hf(model, str(folder), model_config=config, safe_serialization=True)
 
@@ -118,7 +116,6 @@ def _check_complete(model: nn.Module, folder: Path, new: set[str]) -> None:
     with safe_open(folder / "model.safetensors", "pt") as file:
         stored = set(file.keys())
     state = {name for name in model.state_dict() if not name.endswith("num_batches_tracked")}
-    if stored <= set(model.state_dict()) and (
-        missing := sorted(state - stored - new)
-    ):  # else timm has renamed old names
+    renamed = not stored <= set(model.state_dict())  # by timm while loading: then the names say nothing
+    if not renamed and (missing := sorted(state - stored - new)):
         raise FormatError(f"{folder / 'model.safetensors'} is incomplete: {missing[0]} is missing.")

@@ -86,9 +86,7 @@ def _broken(id: str) -> Iterator[None]:
         yield
     except Exception as error:
         if "trust_remote_code" in str(error):
-            raise BayesifyError(
-                f"{id} brings its own code; pass trust_remote_code=True if you trust it."
-            ) from error
+            raise BayesifyError(f"{id} brings its own code; pass trust_remote_code=True if you trust it.") from error
         if isinstance(error, OSError) and not Path(id).expanduser().is_dir():
             raise not_downloaded(id, error) from error
         raise FormatError(f"{id} is not a usable transformers model: {brief(error)}") from error

@@ -67,7 +67,14 @@ class _Rank1ConvTranspose(_Rank1Conv):
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
         scaled = site.scale_inputs(x, 1)
         y = convolve(
-            scaled, self.weight, None, self.stride, self.padding, output_padding, self.groups, self.dilation  # type: ignore[arg-type]
+            scaled,
+            self.weight,
+            None,
+            self.stride,
+            self.padding,
+            output_padding,
+            self.groups,
+            self.dilation,  # type: ignore[arg-type]
         )
         return site.scale_outputs(y, self.bias, 1)  # type: ignore[arg-type]
 

@@ -53,9 +53,7 @@ class _Recurrent(Rank1Layer):
     @contextmanager
     def _weights_of(self, draw: int) -> Iterator[None]:
         """Put the weights folded with one draw in place, so that the layer's own forward uses them."""
-        folded = {
-            name: self.folded(name, *site.vectors(min(draw, site.rows - 1))) for name, site in self.sites.items()
-        }
+        folded = {name: self.folded(name, *site.vectors(min(draw, site.rows - 1))) for name, site in self.sites.items()}
         before = {name: self._parameters[name] for name in folded}
         flat = getattr(self, "_flat_weights", None)
         try:
@@ -134,7 +132,9 @@ class _Rank1RNN(_Recurrent):
 
     def forward(self, input: Tensor | PackedSequence, hx: State = None) -> tuple[Any, State]:  # type: ignore[override]
         if isinstance(input, Tensor) and input.dim() != 3:
-            raise BayesifyError(f"a rank-1 recurrent layer needs a batched input [N, T, in]; found {tuple(input.shape)}.")
+            raise BayesifyError(
+                f"a rank-1 recurrent layer needs a batched input [N, T, in]; found {tuple(input.shape)}."
+            )
         if self.draws > self.members and is_exact(original_class(type(self))):
             return self._by_steps(input, hx)
         return self._by_draws(input, hx)

@@ -10,7 +10,7 @@ is replaced by a subclass that scales its inputs by s and its outputs by r. User
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -75,7 +75,7 @@ def rank1(base: type[nn.Module] | str) -> Callable[[T], T]:
     return register
 
 
-@lru_cache(maxsize=None)
+@cache
 def rank1_class(cls: type[nn.Module]) -> type[Rank1Layer] | None:
     """The rank-1 equivalent of a layer class, or `None`.
 
@@ -145,7 +145,7 @@ def is_linear(layer: nn.Module, cls: type[Rank1Layer]) -> bool:
         shape = [1] * zero.dim()
         shape[cls.channel_dim] = -1
         offset = offset + bias.view(shape)
-    close = dict(rtol=0.02, atol=0.02 * float(once.abs().max()) + 1e-6)
+    close = {"rtol": 0.02, "atol": 0.02 * float(once.abs().max()) + 1e-6}
     return torch.allclose(zero, offset, **close) and torch.allclose(twice - zero, 2 * (once - zero), **close)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bayesify.errors import ConfigError, DataError, FormatError
 from bayesify.evaluation import Evaluation, classification_metrics, evaluate, ood_metrics, plots
-from bayesify.evaluation.files import replacing
+from bayesify.files import replacing
 from bayesify.predictive import Predictive
 
 from .fakes import FakeBayesian, Lookup

@@ -1,0 +1,45 @@
+"""Files and folders: written whole or not at all, and never over somebody else's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bayesify.errors import FormatError
+
+CONFIG_FILE = "bayesify_config.json"
+WEIGHTS_FILE = "bayesify.safetensors"
+OUR_FILES = (CONFIG_FILE, WEIGHTS_FILE, "log.jsonl", "checkpoint", "report.json", "predictions.jsonl")
+"""A folder that holds one of these was written by bayesify."""
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it takes the place of `path` if the block ends well.
+
+    A reader never sees half a file, and a failure leaves what was there before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_output(folder: str | Path) -> Path:
+    """A folder that is new, empty or ours; anything else is a `FormatError`, with nothing touched."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FormatError(f"{folder} is a file; expected a folder to write to.")
+    if folder.is_dir():
+        found = sorted(path.name for path in folder.iterdir())
+        if found and not any(name in OUR_FILES for name in found):
+            raise FormatError(
+                f"{folder} already holds something else ({', '.join(found[:3])}); give a new or empty folder."
+            )
+    return folder

@@ -1,0 +1,184 @@
+"""Read a Bayesian model from a folder or from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from bayesify.config import Rank1Config
+from bayesify.errors import BayesifyError, ConversionError, FormatError
+from bayesify.files import CONFIG_FILE, WEIGHTS_FILE
+from bayesify.hub.base import load_base
+from bayesify.hub.origin import Origin, build
+from bayesify.hub.save import FORMAT_VERSION
+from bayesify.predictive import Task
+
+if TYPE_CHECKING:
+    from bayesify.model import BayesianModel
+
+_FIELDS = {
+    "format_version", "bayesify_version", "base_model", "weights", "rank1", "task", "labels", "preprocessing",
+}  # fmt: skip
+_DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    base_model: nn.Module | str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> BayesianModel:
+    """Load what `save_pretrained` wrote, in eval mode.
+
+    Args:
+        source: a folder, or a Hub id.
+        base_model: the pretrained network itself (it is converted in place), or the name, id or folder to load
+            it from; needed where the one on record cannot be downloaded or is a module of your own.
+        revision: branch, tag or commit of a Hub id.
+        trust_remote_code: run model code that the base model's repository brings along.
+
+    Raises:
+        FormatError: a file is missing, truncated, foreign, newer than this version, or does not fit the base model.
+        BayesifyError: the base model cannot be had.
+    """
+    folder = _folder(source, revision)
+    config = read_config(folder / CONFIG_FILE)
+    state = _read_weights(folder / WEIGHTS_FILE)
+    origin = config["base_model"]
+    preprocessing = None
+    if config["preprocessing"] is not None:
+        from bayesify.data import preprocessing_from_dict
+
+        preprocessing = preprocessing_from_dict(config["preprocessing"], folder)
+    model = _network(origin, base_model, config["weights"] == "full", trust_remote_code, folder)
+    bnn = _convert(model, config, state, folder)
+    bnn.origin = origin if not isinstance(base_model, (str, Path)) else replace(origin, id=str(base_model))
+    bnn.label_names = config["labels"]
+    bnn.preprocessing = preprocessing
+    return bnn.eval()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The checked content of `bayesify_config.json`, with `base_model` and `rank1` as objects."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FormatError(f"{path}: not found; expected a folder written by save_pretrained.") from error
+    except (ValueError, OSError) as error:
+        raise FormatError(f"{path}: truncated or not JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path}: expected a JSON object; found {type(content).__name__}.")
+    version = content.get("format_version")
+    if not isinstance(version, int):
+        raise FormatError(f"{path}: field format_version is missing; this is no bayesify config.")
+    if version > FORMAT_VERSION:
+        raise FormatError(f"{path}: format_version {version} is newer than {FORMAT_VERSION}; update bayesify.")
+    if wrong := sorted(set(content) ^ _FIELDS):
+        problem = "unknown" if wrong[0] in content else "missing"
+        raise FormatError(f"{path}: field {wrong[0]} is {problem}.")
+    if content["weights"] not in ("full", "changed"):
+        raise FormatError(f"{path}: field weights must be 'full' or 'changed'; found {content['weights']!r}.")
+    if content["task"] is not None and content["task"] not in get_args(Task):
+        raise FormatError(f"{path}: field task {content['task']!r} is unknown.")
+    labels = content["labels"]
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise FormatError(f"{path}: field labels must be a list of names.")
+    if not isinstance(content["rank1"], Mapping):
+        raise FormatError(f"{path}: field rank1 must be an object.")
+    content["rank1"] = Rank1Config.from_dict(content["rank1"], source=f"{path}: rank1")
+    content["base_model"] = Origin.from_dict(content["base_model"], str(path))
+    return content
+
+
+def _folder(source: str | Path, revision: str | None) -> Path:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    from bayesify.hub.loading import not_downloaded
+
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=_DOWNLOADED))
+    except HFValidationError as error:
+        raise FormatError(f"{source} is neither a folder nor a Hub id (owner/name).") from error
+    except Exception as error:  # http libraries, proxies and caches each have their own errors
+        raise not_downloaded(str(source), error) from error
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise FormatError(f"{path}: not found.") from error
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path}: truncated or not a safetensors file ({error}).") from error
+
+
+def _network(
+    origin: Origin, base_model: nn.Module | str | Path | None, full: bool, trust_remote_code: bool, folder: Path
+) -> nn.Module:
+    if isinstance(base_model, nn.Module):
+        return base_model
+    if base_model is not None:
+        if origin.library == "module":
+            raise BayesifyError("the base model is a module of your own; pass the module itself as base_model=.")
+        origin = replace(origin, id=str(base_model), revision=None)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return build(origin, pretrained=not full, trust_remote_code=trust_remote_code)
+    except FormatError:
+        raise
+    except BayesifyError as error:
+        raise BayesifyError(f"{error} Or give the base model of {folder} as base_model=.") from error
+
+
+def _convert(model: nn.Module, config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> BayesianModel:
+    """Convert and fill in; on a misfit the given model is put back as it was."""
+    from bayesify.convert import bayesify
+
+    path = folder / WEIGHTS_FILE
+    try:
+        with torch.random.fork_rng(devices=[]):
+            bnn = bayesify(model, config["rank1"], task=config["task"])
+    except ConversionError as error:
+        raise FormatError(f"{folder / CONFIG_FILE}: does not fit the base model: {error}") from error
+    try:
+        own = bnn.model.state_dict()
+        factors = {name for name in own if ".rank1." in f".{name}"}
+        needed = own.keys() if config["weights"] == "full" else factors
+        stored = {own[name].data_ptr() for name in state if name in own}
+        missing = sorted(n for n in needed if n not in state and not (own[n].numel() and own[n].data_ptr() in stored))
+        if missing or (foreign := sorted(set(state) - set(own))):
+            name = missing[0] if missing else foreign[0]
+            raise FormatError(f"{path}: {name} is {'missing' if missing else 'unknown to the base model'}.")
+        for name, value in state.items():
+            if value.shape != own[name].shape:
+                raise FormatError(
+                    f"{path}: {name} has shape {tuple(value.shape)}; the base model needs {tuple(own[name].shape)}."
+                )
+    except FormatError:
+        bnn.unload()
+        raise
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
+    return bnn
+
+
+def load_model(source: str | Path, *, trust_remote_code: bool = False, **options: Any) -> tuple[nn.Module, Any]:
+    """A saved Bayesian model, or a base model with its `Base`: what the command line means by MODEL."""
+    if (Path(source).expanduser() / CONFIG_FILE).is_file():
+        return from_pretrained(source, trust_remote_code=trust_remote_code), None
+    base = load_base(source, trust_remote_code=trust_remote_code, **options)
+    return base.model, base

@@ -1,0 +1,98 @@
+"""Write a Bayesian model to a folder: a JSON config, one safetensors file and a model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import bayesify
+from bayesify.errors import BayesifyError
+from bayesify.files import CONFIG_FILE, WEIGHTS_FILE, check_output
+from bayesify.hub.card import write_card
+from bayesify.hub.origin import Origin, build, origin_of
+
+if TYPE_CHECKING:
+    from bayesify.model import BayesianModel
+
+FORMAT_VERSION = 1
+
+
+def save_pretrained(model: BayesianModel, folder: str | Path, *, full: bool = False) -> Path:
+    """Write `bayesify_config.json`, `bayesify.safetensors` and `README.md`; `from_pretrained` reads them.
+
+    The weights file holds the factors and every slow weight that differs from the base model's: trained weights, a new
+    head, statistics of normalization layers. With `full`, or where the base model cannot be loaded again to compare
+    with, it holds all slow weights. Files of an earlier save are replaced; the folder's other contents stay.
+
+    Raises:
+        FormatError: the folder holds something that bayesify did not write.
+    """
+    folder = check_output(folder)
+    origin = model.origin or origin_of(model.model)
+    state = _unshared(model.model.state_dict())
+    base = None if full else _base_state(origin)
+    kept = {name: value for name, value in state.items() if base is None or not _same(value, base.get(name))}
+    config: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "bayesify_version": bayesify.__version__,
+        "base_model": origin.to_dict(),
+        "weights": "full" if base is None else "changed",
+        "rank1": model.config.non_defaults(),
+        "task": model.task,
+        "labels": list(model.label_names),
+        "preprocessing": None if model.preprocessing is None else model.preprocessing.to_dict(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".bayesify-", dir=folder))
+    try:
+        save_file(kept, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        if model.preprocessing is not None:
+            model.preprocessing.save(temporary)
+        write_card(temporary / "README.md", model, origin, folder)
+        for path in sorted(temporary.iterdir(), key=lambda p: p.name == CONFIG_FILE):
+            # The config goes last: a reader that finds it finds the rest.
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _base_state(origin: Origin) -> dict[str, Tensor] | None:
+    if origin.id is None or origin.library == "module":
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return build(origin, pretrained=True).state_dict()
+    except BayesifyError:
+        return None  # not to be had here: then all weights are written
+
+
+def _same(value: Tensor, other: Tensor | None) -> bool:
+    return (
+        other is not None
+        and value.dtype == other.dtype
+        and value.shape == other.shape
+        and torch.equal(value, other.to(value.device))
+    )
+
+
+def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One name for tied tensors, all on the CPU: safetensors holds no shared memory, and loading ties them again."""
+    seen: set[tuple[int, torch.Size]] = set()
+    kept: dict[str, Tensor] = {}
+    for name, value in state.items():
+        key = (value.data_ptr(), value.shape)
+        if value.numel() and key in seen:
+            continue
+        seen.add(key)
+        kept[name] = value.detach().cpu().contiguous()
+    return kept
