@@ -66,7 +66,14 @@ class Rows:
         return _reduce(output, members, batch, task, named_logits=_has_logits(output))
 
     def outputs(self, output: Any) -> Tensor:
-        """The tensor that predictions are made of: `logits` where there are any, otherwise the first tensor."""
+        """The tensor that predictions are made of: `logits` where there are any, otherwise the first tensor.
+
+        It carries the batch in `input_dim`; a packed sequence is padded.
+        """
+        if self.recurrent:
+            first = output[0]
+            batch_first = self.input_dim == 0
+            return pad_packed_sequence(first, batch_first)[0] if isinstance(first, PackedSequence) else first
         if _has_logits(output):
             return output["logits"] if isinstance(output, Mapping) else output.logits
         for leaf in _leaves(output):

@@ -48,7 +48,7 @@ def bayesify(
     report = report_on(model, plan, config)
     swap(plan, config)
     bnn = BayesianModel(model, config, report, task or task_of(model))
-    bnn.train(model.training)
+    bnn.training = model.training  # not train(): parts of a model may be in modes of their own
     return bnn
 
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from bayesify.config import Rank1Config
 from bayesify.distributions import CLIP, Factor, kl_divergence
 from bayesify.errors import BayesifyError, ConversionError, DataError
 from bayesify.graph import ConversionReport, restore, site_name
-from bayesify.layers import Rank1Layer, detach, is_exact, original_class
+from bayesify.layers import Rank1Layer, Site, detach, is_exact, original_class
 from bayesify.predictive import Predictive, Task
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class BayesianModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "model" not in self.__dict__.get("_modules", {}):
+            # Protocols such as __deepcopy__ are this object's own business.
+            if name.startswith("__") or "model" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.model, name)
 
@@ -278,30 +279,31 @@ class BayesianModel(nn.Module):
 
 @torch.no_grad()
 def _fold(name: str, layer: Rank1Layer, member: int) -> None:
+    """Turn a rank-1 layer, in place, into the plain layer of one member at its posterior means."""
     cls = type(layer)
-    draws = {weight: [None if f is None else f.mean[member].clamp(-CLIP, CLIP) for f in (site.s, site.r)]
-             for weight, site in layer.rank1.items()}  # fmt: skip
-    weights = {weight: layer.folded(weight, s, r) for weight, (s, r) in draws.items()}
-    probe = None if is_exact(original_class(cls)) else cls.probe_input(layer)
+    sites = cast("dict[str, Site]", dict(layer.rank1.items()))
+    modes = {module: module.training for module in layer.modules()}
     layer.eval()
+    for site in sites.values():
+        for factor in (site.s, site.r):
+            if factor is not None:
+                factor.hold(factor.mean[member : member + 1].clamp(-CLIP, CLIP))
+    probe = None if is_exact(original_class(cls)) else cls.probe_input(layer)
     expected = None
     if probe is not None:
         probe = torch.randn(probe.shape, device=probe.device).to(probe.dtype)
-        for site, vectors in zip(layer.rank1.values(), draws.values(), strict=True):
-            for factor, vector in zip((site.s, site.r), vectors, strict=True):
-                if factor is not None and vector is not None:
-                    factor.hold(vector[None])
         expected = layer(probe)
+    weights = {weight: layer.folded(weight, *site.vectors(0)) for weight, site in sites.items()}
     detach(layer)
     for weight, value in weights.items():
-        if weight in layer._parameters:
-            old = layer._parameters[weight]
-            new = nn.Parameter(value, requires_grad=old is not None and old.requires_grad)
-            # `register_parameter` keeps the flat weight list of recurrent layers in step and breaks ties.
-            setattr(layer, weight, new)
-        else:
-            setattr(layer, weight, value)  # a parametrized weight takes the value through its right inverse
-    if expected is not None and not torch.allclose(layer(probe), expected, rtol=1e-3, atol=1e-4):
+        old = layer._parameters.get(weight)
+        # Plain weights: a new parameter, which breaks ties and keeps the flat weight list of recurrent layers in step.
+        # Parametrized weights take the value through their right inverse.
+        setattr(layer, weight, value if old is None else nn.Parameter(value, requires_grad=old.requires_grad))
+    same = expected is None or torch.allclose(layer(probe), expected, rtol=1e-3, atol=1e-4)
+    for module, mode in modes.items():
+        module.training = mode
+    if not same:
         raise ConversionError(
             f"{name} ({type(layer).__name__}) transforms its weight in its own code, so its factors cannot be folded "
             "into it. Keep the Bayesian model, or leave such layers out with exclude= before training."

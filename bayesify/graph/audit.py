@@ -31,14 +31,25 @@ def audit(model: nn.Module, inputs: Inputs, plan: Plan, config: Rank1Config) -> 
     batch = rows.batch_size(*inputs)
     args, kwargs = rows.expand(*inputs, 2)
     with _Evaluating(model):
-        with torch.no_grad():
-            reference = _real(model(*inputs[0], **inputs[1]))
+        try:
+            with torch.no_grad():
+                reference = _real(model(*inputs[0], **inputs[1]))
+        except Exception as error:
+            raise ConversionError(
+                f"the network itself fails on example_inputs: {type(error).__name__}: {error}. Give the inputs of one "
+                "call: a tensor, a tuple of positional or a mapping of keyword arguments."
+            ) from error
         with torch.random.fork_rng(devices=[]):
             swap(plan, config)
         try:
             draws = _hold_ones(plan, 2 * batch)
             with torch.enable_grad():
                 outputs = _real(model(*args, **kwargs))
+        except Exception as error:
+            raise ConversionError(
+                f"the converted network fails where the original does not: {type(error).__name__}: {error} "
+                "Leave layers out with exclude= to find the one at fault."
+            ) from error
         finally:
             restore(list(model.modules()))
     _check_identity(reference, outputs, rows, batch)

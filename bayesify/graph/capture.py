@@ -6,6 +6,7 @@ see an input that does not carry the batch.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 from collections.abc import Callable, Iterable
@@ -50,10 +51,20 @@ class Use:
 def capture(module: nn.Module) -> fx.Graph | None:
     """The graph of `module.forward`, or `None` where Python tracing does not get through it."""
     try:
-        return _OneForward().trace(module)
+        return _OneForward().trace(_stand_in(module))
     except Exception:
         # Control flow, **kwargs and foreign functions all fail in ways of their own; none of them is an error here.
         return None
+
+
+def _stand_in(module: nn.Module) -> nn.Module:
+    """A shallow copy with buffers of its own: tracing runs the code of forward, which may count batches or set
+    attributes, and a plan must not change the model."""
+    twin = copy.copy(module)
+    for kind in ("_parameters", "_modules"):
+        twin.__dict__[kind] = dict(module.__dict__[kind])
+    twin.__dict__["_buffers"] = {n: None if b is None else b.clone() for n, b in module._buffers.items()}
+    return twin
 
 
 def linear_uses(

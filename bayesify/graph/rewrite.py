@@ -6,6 +6,7 @@ from torch import nn
 
 from bayesify.config import Rank1Config
 from bayesify.distributions import Factor, make_factor
+from bayesify.errors import ConversionError
 from bayesify.graph.report import ConversionReport
 from bayesify.graph.sites import Plan, tied_names
 from bayesify.layers import Rank1Layer, Site, attach, detach, rank1_class
@@ -15,13 +16,22 @@ def swap(plan: Plan, config: Rank1Config) -> None:
     """Convert every layer of the plan in place; on any failure the model is as it was."""
     done: list[nn.Module] = []
     try:
-        for layer in plan.layers.values():
-            sites = _new_sites(layer, config)
-            attach(layer, sites)
+        for name, layer in plan.layers.items():
             done.append(layer)
+            _convert(name, layer, config)
     except BaseException:
         restore(done)
         raise
+
+
+def _convert(name: str, layer: nn.Module, config: Rank1Config) -> None:
+    try:
+        attach(layer, _new_sites(layer, config))
+    except Exception as error:
+        raise ConversionError(
+            f"layer {name!r} ({type(layer).__name__}) could not become rank-1: {type(error).__name__}: {error}. "
+            f"Leave it out with exclude={name!r}, or register an equivalent with @rank1."
+        ) from error
 
 
 def restore(modules: list[nn.Module]) -> None:

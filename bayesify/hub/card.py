@@ -27,12 +27,13 @@ def write_card(path: Path, model: BayesianModel, origin: Origin, folder: Path) -
     if metrics:
         data["metrics"] = sorted(metrics)
     config, summary = model.config, model.report
+    name = None if origin.is_local else origin.id  # a folder of this machine means nothing to others
     lines = [
         "---",
         ModelCardData(**data).to_yaml(),
         "---",
         "",
-        f"# {origin.id or origin.architecture}, Bayesian",
+        f"# {name or origin.architecture}, Bayesian",
         "",
         f"A rank-1 Bayesian neural network with {config.members} members: `{origin.architecture}` whose "
         "weight matrices W are multiplied by random rank-1 matrices r sᵀ. All members share one copy of W; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from bayesify.config import Rank1Config
 from bayesify.errors import BayesifyError, ConversionError, FormatError
 from bayesify.files import CONFIG_FILE, WEIGHTS_FILE
 from bayesify.hub.base import load_base
-from bayesify.hub.origin import Origin, build
+from bayesify.hub.origin import Origin, build, located
 from bayesify.hub.save import FORMAT_VERSION
 from bayesify.predictive import Task
 
@@ -58,10 +59,13 @@ def from_pretrained(
     if config["preprocessing"] is not None:
         from bayesify.data import preprocessing_from_dict
 
-        preprocessing = preprocessing_from_dict(config["preprocessing"], folder)
+        try:
+            preprocessing = preprocessing_from_dict(config["preprocessing"], folder)
+        except FormatError as error:
+            raise FormatError(f"{folder / CONFIG_FILE}: {error}") from error
     model = _network(origin, base_model, config["weights"] == "full", trust_remote_code, folder)
     bnn = _convert(model, config, state, folder)
-    bnn.origin = origin if not isinstance(base_model, (str, Path)) else replace(origin, id=str(base_model))
+    bnn.origin = origin if not isinstance(base_model, (str, Path)) else replace(origin, id=located(base_model))
     bnn.label_names = config["labels"]
     bnn.preprocessing = preprocessing
     return bnn.eval()
@@ -137,8 +141,8 @@ def _network(
     try:
         with torch.random.fork_rng(devices=[]):
             return build(origin, pretrained=not full, trust_remote_code=trust_remote_code)
-    except FormatError:
-        raise
+    except FormatError as error:
+        raise FormatError(f"{folder / CONFIG_FILE}: {error}") from error
     except BayesifyError as error:
         raise BayesifyError(f"{error} Or give the base model of {folder} as base_model=.") from error
 
@@ -159,7 +163,8 @@ def _convert(model: nn.Module, config: dict[str, Any], state: dict[str, Tensor],
         needed = own.keys() if config["weights"] == "full" else factors
         stored = {own[name].data_ptr() for name in state if name in own}
         missing = sorted(n for n in needed if n not in state and not (own[n].numel() and own[n].data_ptr() in stored))
-        if missing or (foreign := sorted(set(state) - set(own))):
+        foreign = sorted(set(state) - set(own))
+        if missing or foreign:
             name = missing[0] if missing else foreign[0]
             raise FormatError(f"{path}: {name} is {'missing' if missing else 'unknown to the base model'}.")
         for name, value in state.items():
@@ -178,7 +183,20 @@ def _convert(model: nn.Module, config: dict[str, Any], state: dict[str, Tensor],
 
 def load_model(source: str | Path, *, trust_remote_code: bool = False, **options: Any) -> tuple[nn.Module, Any]:
     """A saved Bayesian model, or a base model with its `Base`: what the command line means by MODEL."""
-    if (Path(source).expanduser() / CONFIG_FILE).is_file():
+    if _is_bayesian(source):
         return from_pretrained(source, trust_remote_code=trust_remote_code), None
     base = load_base(source, trust_remote_code=trust_remote_code, **options)
     return base.model, base
+
+
+def _is_bayesian(source: str | Path) -> bool:
+    folder = Path(source).expanduser()
+    if folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return (folder / CONFIG_FILE).is_file()
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(str(source), CONFIG_FILE)
+    except Exception:  # no such file, or no connection: then loading it as a base model says what is wrong
+        return False
+    return True

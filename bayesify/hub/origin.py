@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 from bayesify.errors import BayesifyError, FormatError
 from bayesify.hub.base import Base, load_base
+from bayesify.hub.timm_models import RESERVED, load_timm
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,13 @@ class Origin:
     @property
     def is_local(self) -> bool:
         """Whether the pretrained weights are in a folder of this machine."""
-        return self.id is not None and Path(self.id).expanduser().is_dir()
+        return self.id is not None and (Path(self.id).is_absolute() or Path(self.id).expanduser().is_dir())
+
+
+def located(id: str | Path) -> str:
+    """The absolute path of a folder, so that it is found from elsewhere; any other id as it is."""
+    folder = Path(id).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else str(id)
 
 
 def origin_of(model: nn.Module, base: Base | None = None) -> Origin:
@@ -68,17 +76,18 @@ def origin_of(model: nn.Module, base: Base | None = None) -> Origin:
         tag = config.get("tag")
         return Origin(
             library="timm",
-            id=base.id if base else f"{architecture}.{tag}" if tag else architecture,
+            id=located(base.id) if base else f"{architecture}.{tag}" if tag else architecture,
             revision=base.revision if base else None,
             architecture=architecture,
             num_labels=int(getattr(model, "num_classes", 0)),
-            model_args=dict(base.model_args) if base else {},
+            model_args={**_timm_arguments(model), **(base.model_args if base else {})},
         )
     config = getattr(model, "config", None)
     if type(model).__module__.startswith(("transformers.", "transformers_modules.")) and config is not None:
+        name = base.id if base else getattr(config, "_name_or_path", None)
         return Origin(
             library="transformers",
-            id=(base.id if base else getattr(config, "_name_or_path", None)) or None,
+            id=located(name) if name else None,
             revision=base.revision if base else None,
             architecture=type(model).__name__.removeprefix("Rank1"),
             config=config.to_dict(),
@@ -97,15 +106,40 @@ def build(origin: Origin, *, pretrained: bool, trust_remote_code: bool = False) 
             f"the base model is a {origin.architecture} of your own; build it and pass it as base_model=."
         )
     if origin.library == "timm":
-        name = origin.id if pretrained else origin.architecture
-        return load_base(
-            name or "",
-            num_labels=origin.num_labels or None,
-            revision=origin.revision if pretrained else None,
-            pretrained=pretrained,
-            model_args={**origin.model_args, **({} if origin.num_labels else {"num_classes": 0})},
-        ).model
+        return _build_timm(origin, pretrained)
     return _build_transformers(origin, pretrained, trust_remote_code)
+
+
+def _build_timm(origin: Origin, pretrained: bool) -> nn.Module:
+    import timm
+
+    if pretrained and origin.num_labels:
+        return load_base(
+            origin.id or "",
+            num_labels=origin.num_labels,
+            revision=origin.revision,
+            model_args=origin.model_args,
+        ).model
+    if pretrained:
+        raise BayesifyError(f"the base model {origin.id} has no classification head.")
+    name = origin.architecture or ""
+    if not timm.is_model(name):
+        raise FormatError(f"base_model.architecture {name!r} is no model of timm.")
+    if reserved := sorted(origin.model_args.keys() & set(RESERVED)):
+        raise FormatError(f"base_model.model_args must not hold {reserved[0]}.")
+    return load_timm(name, name, origin.num_labels, False, origin.model_args, None)[0].eval()
+
+
+def _timm_arguments(model: nn.Module) -> dict[str, Any]:
+    """The arguments timm built the model with, as far as it remembers them and JSON can hold them."""
+    arguments: Mapping[str, Any] = getattr(model, "_model_args", None) or {}
+    kept = {}
+    for name, value in arguments.items():
+        try:
+            kept[name] = json.loads(json.dumps(value))
+        except TypeError:
+            continue
+    return {name: value for name, value in kept.items() if name not in RESERVED}
 
 
 def _build_transformers(origin: Origin, pretrained: bool, trust_remote_code: bool) -> nn.Module:

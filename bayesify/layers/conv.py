@@ -5,7 +5,7 @@ Grouped and depth-wise convolutions obey the same rule, as if the block-diagonal
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ class _Rank1Conv(Rank1Layer):
     """y = r ∘ conv(s ∘ x) + b for x [N, in, ...], s [N, in], r [N, out]."""
 
     channel_dim = 1
+    weight: Tensor
+    bias: Tensor | None
+    groups: int
+    kernel_size: tuple[int, ...]
 
     @classmethod
     def sizes(cls, layer: Any) -> dict[str, tuple[int, int]]:
@@ -31,24 +35,24 @@ class _Rank1Conv(Rank1Layer):
         return torch.empty(2, layer.in_channels, *extent, dtype=parameter.dtype, device=parameter.device)
 
     def _check(self, x: Tensor) -> None:
-        spatial = len(self.kernel_size)  # type: ignore[arg-type]
+        spatial = len(self.kernel_size)
         if x.dim() != spatial + 2:
             raise BayesifyError(
                 f"a rank-1 {type(self).__name__} needs a batched input of {spatial + 2} dimensions; "
                 f"found {tuple(x.shape)}. Add the batch dimension."
             )
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        self._check(x)
-        site = self.site
-        y = self._conv_forward(site.scale_inputs(x, 1), self.weight, None)  # type: ignore[operator]
-        return site.scale_outputs(y, self.bias, 1)  # type: ignore[arg-type]
+    def forward(self, input: Tensor) -> Tensor:
+        self._check(input)
+        site, layer = self.site, cast(Any, self)
+        y = layer._conv_forward(site.scale_inputs(input, 1), self.weight, None)
+        return site.scale_outputs(y, self.bias, 1)
 
     def folded(self, name: str, s: Tensor | None, r: Tensor | None) -> Tensor:
         """W ∘ (r sᵀ) for W [out, in / groups, ...]."""
         weight: Tensor = getattr(self, name)
         out_channels, per_group, groups = weight.shape[0], weight.shape[1], self.groups
-        blocks = weight.reshape(groups, out_channels // groups, per_group, -1)  # type: ignore[operator]
+        blocks = weight.reshape(groups, out_channels // groups, per_group, -1)
         if s is not None:
             blocks = blocks * s.to(weight.dtype).view(groups, 1, per_group, 1)
         if r is not None:
@@ -57,32 +61,25 @@ class _Rank1Conv(Rank1Layer):
 
 
 class _Rank1ConvTranspose(_Rank1Conv):
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:  # type: ignore[override]
-        self._check(x)
-        site = self.site
-        spatial = len(self.kernel_size)  # type: ignore[arg-type]
-        output_padding = self._output_padding(  # type: ignore[operator]
-            x, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        self._check(input)
+        site, layer = self.site, cast(Any, self)
+        spatial = len(self.kernel_size)
+        output_padding = layer._output_padding(
+            input, output_size, layer.stride, layer.padding, self.kernel_size, spatial, layer.dilation
         )
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
-        scaled = site.scale_inputs(x, 1)
+        scaled = site.scale_inputs(input, 1)
         y = convolve(
-            scaled,
-            self.weight,
-            None,
-            self.stride,
-            self.padding,
-            output_padding,
-            self.groups,
-            self.dilation,  # type: ignore[arg-type]
+            scaled, self.weight, None, layer.stride, layer.padding, output_padding, self.groups, layer.dilation
         )
-        return site.scale_outputs(y, self.bias, 1)  # type: ignore[arg-type]
+        return site.scale_outputs(y, self.bias, 1)
 
     def folded(self, name: str, s: Tensor | None, r: Tensor | None) -> Tensor:
         """W ∘ (r sᵀ) for W [in, out / groups, ...]."""
         weight: Tensor = getattr(self, name)
         in_channels, per_group, groups = weight.shape[0], weight.shape[1], self.groups
-        blocks = weight.reshape(groups, in_channels // groups, per_group, -1)  # type: ignore[operator]
+        blocks = weight.reshape(groups, in_channels // groups, per_group, -1)
         if s is not None:
             blocks = blocks * s.to(weight.dtype).view(groups, -1, 1, 1)
         if r is not None:

@@ -15,9 +15,9 @@ from bayesify.layers.registry import Rank1Layer, rank1
 class Rank1Linear(Rank1Layer, nn.Linear):
     """y = r ∘ (W (s ∘ x)) + b for x [N, ..., in], W [out, in], s [N, in], r [N, out] (paper Fig. 2)."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor) -> Tensor:
         site = self.site
-        return site.scale_outputs(F.linear(site.scale_inputs(x), self.weight), self.bias)
+        return site.scale_outputs(F.linear(site.scale_inputs(input), self.weight), self.bias)
 
     @classmethod
     def sizes(cls, layer: Any) -> dict[str, tuple[int, int]]:

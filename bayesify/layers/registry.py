@@ -34,9 +34,9 @@ class Rank1Layer(nn.Module):
     rank1: nn.ModuleDict
     channel_dim: ClassVar[int] = -1
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         site = self.site
-        y = super().forward(site.scale_inputs(x, self.channel_dim), *args, **kwargs)  # type: ignore[misc]
+        y = super().forward(site.scale_inputs(input, self.channel_dim), *args, **kwargs)  # type: ignore[misc]
         return site.rescale_outputs(y, self.bias, self.channel_dim)  # type: ignore[arg-type]
 
     @classmethod
@@ -105,14 +105,20 @@ def attach(layer: nn.Module, sites: dict[str, Site]) -> None:
     equivalent = rank1_class(type(layer))
     if equivalent is None:
         raise ConversionError(f"{type(layer).__name__} has no rank-1 equivalent; register one with @rank1.")
-    layer.add_module("rank1", nn.ModuleDict(sites))
-    layer.rank1.train(layer.training)
-    layer.__class__ = equivalent
+    if hasattr(layer, "rank1"):
+        raise ConversionError("the layer already has an attribute named rank1, where its factors would go.")
+    factors = nn.ModuleDict(sites).train(layer.training)
+    layer.add_module("rank1", factors)
+    try:
+        layer.__class__ = equivalent
+    except TypeError:
+        del layer.rank1
+        raise
 
 
 def detach(layer: Rank1Layer) -> None:
     """Turn a rank-1 layer back into the layer it was, in place."""
-    layer.__class__ = original_class(type(layer))
+    layer.__class__ = original_class(type(layer))  # type: ignore[assignment]
     del layer.rank1
 
 
@@ -145,8 +151,9 @@ def is_linear(layer: nn.Module, cls: type[Rank1Layer]) -> bool:
         shape = [1] * zero.dim()
         shape[cls.channel_dim] = -1
         offset = offset + bias.view(shape)
-    close = {"rtol": 0.02, "atol": 0.02 * float(once.abs().max()) + 1e-6}
-    return torch.allclose(zero, offset, **close) and torch.allclose(twice - zero, 2 * (once - zero), **close)
+    tolerance = 0.02 * float(once.abs().max()) + 1e-6
+    pairs = ((zero, offset), (twice - zero, 2 * (once - zero)))
+    return all(torch.allclose(a, b, rtol=0.02, atol=tolerance) for a, b in pairs)
 
 
 def _full_name(cls: type) -> str:

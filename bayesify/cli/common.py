@@ -1,0 +1,315 @@
+"""What the subcommands share: options made from config classes, labels matched by name, output folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from bayesify.errors import ConfigError, DataError, FormatError
+from bayesify.files import OUR_FILES, check_output
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from bayesify.data import PreparedDataset, Preprocessing, Splits
+    from bayesify.hub import Base
+    from bayesify.model import BayesianModel
+
+FLAGS = {"trackers": "--tracker"}
+"""Options whose name is not that of the field."""
+
+Model = Annotated[str, typer.Argument(help="A timm name, a Hub id or a folder.", show_default=False)]
+Dataset = Annotated[
+    str, typer.Argument(help="A Hub id, a folder of images, or Parquet, CSV or JSON files.", show_default=False)
+]
+NumLabels = Annotated[
+    int | None, typer.Option(help="Give the base model a new head with this many classes.", show_default=False)
+]
+NoPretrained = Annotated[
+    bool, typer.Option("--no-pretrained", help="Build the base model with random weights.", show_default=False)
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run model code that a Hub repository or folder brings along.", show_default=False
+    ),
+]
+Full = Annotated[
+    bool,
+    typer.Option("--full", help="Save all weights, not only what differs from the base model.", show_default=False),
+]
+Samples = Annotated[
+    int | None, typer.Option(help="Draws per member; the default is the posterior mean.", show_default=False)
+]
+MemberChunk = Annotated[
+    int | None, typer.Option(help="Members computed at a time, to save memory; the default is all.", show_default=False)
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Where to compute, e.g. cpu; the default is a GPU if there is one.", show_default=False),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What the columns of a data set are; they are found by themselves where not given.
+
+    Args:
+        image_column: column of images.
+        text_column: column of texts.
+        text_pair_column: column of second texts, where inputs are pairs.
+        label_column: column of classes.
+        subset: configuration of a Hub data set, e.g. mrpc of GLUE.
+    """
+
+    image_column: str | None = None
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    subset: str | None = None
+
+    def load(self, dataset: str, split: str | None = None) -> Splits:
+        from bayesify.data import load_data
+
+        return load_data(dataset, split=split, **dataclasses.asdict(self))
+
+
+def with_options(**panels: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each field of its dataclass parameters.
+
+    Type, default and help of an option are the field's (its text in the class's docstring), so the command line
+    cannot say anything else than Python does. The command gets the object.
+
+    Args:
+        panels: {parameter: heading of its options in the help}.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(function, include_extras=True)
+        groups: dict[str, Any] = {name: hints[name] for name in panels}
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(function).parameters.values():
+            name = parameter.name
+            if name in groups:
+                parameters += _options(groups[name], panels[name])
+            else:
+                parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+
+        @functools.wraps(function)
+        def command(**values: Any) -> None:
+            for name, cls in groups.items():
+                fields = dataclasses.fields(cls)
+                values[name] = cls(**{field.name: _value(field, values.pop(field.name)) for field in fields})
+            function(**values)
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def _options(cls: Any, panel: str) -> list[inspect.Parameter]:
+    hints, texts = get_type_hints(cls), _texts(cls)
+    parameters = []
+    for field in dataclasses.fields(cls):
+        kind, optional = _without_none(hints[field.name])
+        default = field.default
+        text = (
+            texts.get(field.name, "").replace("`None`", "leaving it out" if default is None else "0").replace("`", "")
+        )
+        details: dict[str, Any] = {"help": text, "rich_help_panel": panel}
+        if get_origin(kind) is Literal:
+            details["metavar"] = "|".join(get_args(kind))
+            kind = str
+        elif get_origin(kind) is tuple:
+            kind, default = list[str], []
+        elif optional:
+            kind = kind | None
+        flag = flag_of(field.name)
+        annotation = Annotated[kind, typer.Option(flag, **details)]
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+    return parameters
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    if get_origin(hint) not in (types.UnionType, Union):
+        return hint, False
+    (kind,) = [part for part in get_args(hint) if part is not type(None)]
+    return kind, True
+
+
+def _value(field: dataclasses.Field[Any], value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    nullable = "None" in str(field.type) and field.default is not None
+    return None if nullable and value == 0 else value
+
+
+def _texts(cls: Any) -> dict[str, str]:
+    """What the Args section of a docstring says of each name."""
+    texts: dict[str, str] = {}
+    section = inspect.getdoc(cls) or ""
+    section = section.partition("Args:\n")[2].partition("\n\n")[0]
+    for names, text in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
+        text = " ".join(text.split())
+        texts |= {name.strip(): text[:1].upper() + text[1:] for name in names.split(",")}
+    return texts
+
+
+def flag_of(name: str) -> str:
+    return FLAGS.get(name, "--" + name.replace("_", "-"))
+
+
+def given(ctx: typer.Context, *names: str) -> list[str]:
+    """Those of the options that were typed."""
+    sources = {name: ctx.get_parameter_source(name) for name in names}
+    return [flag_of(name) for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
+def refuse(ctx: typer.Context, names: Sequence[str], why: str) -> None:
+    """Raise `ConfigError` if one of the options was typed."""
+    if typed := given(ctx, *names):
+        raise ConfigError(f"{', '.join(typed)}: {why}")
+
+
+def field_names(*classes: Any) -> list[str]:
+    return [field.name for cls in classes for field in dataclasses.fields(cls)]
+
+
+def say(text: str, *, err: bool = False) -> None:
+    typer.echo(text, err=err)
+
+
+def summary(bnn: BayesianModel) -> str:
+    report = bnn.report
+    skipped = f", {len(report.skipped)} weights are left as they are" if report.skipped else ""
+    return (
+        f"{len(report.converted)} sites carry factors{skipped}; {report.members} members add "
+        f"{report.parameters_added:,} parameters to {report.parameters:,} ({100 * report.parameter_overhead:.2f} %)."
+    )
+
+
+def new_output(folder: str | Path) -> Path:
+    """A folder to write to that is new or empty."""
+    folder = check_output(folder)
+    if any((folder / name).exists() for name in OUR_FILES):
+        raise FormatError(f"{folder} already holds a model or a run of bayesify; give another folder.")
+    return folder
+
+
+def device_of(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def inputs_of(
+    model: nn.Module,
+    base: Base,
+    kind: Literal["image", "text"],
+    *,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Preprocessing:
+    """The preprocessing that a base model expects; its tokenizer or processor lies beside it."""
+    from bayesify.data import preprocessing_for
+
+    return preprocessing_for(
+        model, base.library, base.id, kind, revision=base.revision, trust_remote_code=trust_remote_code, **options
+    )
+
+
+def kind_of(model: nn.Module) -> Literal["image", "text"]:
+    """What a base model takes."""
+    return "text" if getattr(model, "main_input_name", None) == "input_ids" else "image"
+
+
+def load_with_inputs(model: str, trust_remote_code: bool) -> tuple[nn.Module, Preprocessing, list[str]]:
+    """A Bayesian or base model in eval mode, its preprocessing and its class names."""
+    from bayesify.hub import load_model
+    from bayesify.model import BayesianModel
+
+    network, base = load_model(model, trust_remote_code=trust_remote_code)
+    if not isinstance(network, BayesianModel):
+        preprocessing = inputs_of(network, base, kind_of(network), trust_remote_code=trust_remote_code)
+        return network.eval(), preprocessing, list(base.label_names)
+    if network.preprocessing is None:
+        raise FormatError(
+            f"{model} does not say how its inputs are made (preprocessing); set .preprocessing in Python and save it."
+        )
+    return network, network.preprocessing, network.label_names
+
+
+def classes_of(splits: Splits) -> list[str]:
+    """The classes to learn: not those that only out-of-distribution splits have."""
+    from bayesify.data.columns import column_values
+
+    def labels(names: Sequence[str]) -> set[int | None]:
+        column = splits.label_column
+        parts = [splits.named[name] for name in names]
+        return {label for part in parts if column in part.column_names for label in column_values(part, str(column))}
+
+    usual = [name for name in splits.named if name not in splits.others]
+    elsewhere = labels(list(splits.others)) - labels(usual)
+    return [name for label, name in enumerate(splits.label_names) if label not in elsewhere]
+
+
+def labeled(
+    splits: Splits, name: str, preprocessing: Preprocessing, classes: Sequence[str], **options: Any
+) -> PreparedDataset:
+    """A split with the model's labels, matched by name: a data set may list the same classes in another order.
+
+    Raises:
+        DataError: there are no labels, or the model does not know some.
+    """
+    from bayesify.data import prepare
+
+    prepared = prepare(splits, name, preprocessing, **options)
+    names = splits.label_names
+    if prepared.labels is None:
+        raise DataError(f"split {name!r} has no labels; name their column with --label-column.")
+    classes = list(classes)
+    if unnamed(classes):
+        classes = [str(number) for number in range(len(classes))]
+        if len(names) == len(classes) and not any(known.isdecimal() for known in names):
+            return prepared  # named classes go by position
+    if names == classes or not classes:
+        return prepared
+    codes = {known: code for code, known in enumerate(classes)}
+    unknown = sorted({names[label] for label in set(prepared.labels)} - codes.keys())
+    if unknown:
+        raise DataError(
+            f"split {name!r} has classes that the model does not know: {_some(unknown)}. "
+            f"The model knows {_some(classes)}."
+        )
+    prepared.labels = [codes[names[label]] for label in prepared.labels]
+    prepared.num_classes = len(classes)
+    return prepared
+
+
+def unnamed(classes: Sequence[str]) -> bool:
+    """Whether a model's classes are only numbered."""
+    return all(name in (str(number), f"LABEL_{number}") for number, name in enumerate(classes))
+
+
+def _some(names: Sequence[str], count: int = 8) -> str:
+    more = len(names) - count
+    return ", ".join(map(repr, names[:count])) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,342 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from bayesify import bayesify, from_pretrained
+from bayesify.errors import BayesifyError, FormatError
+from bayesify.hub import load_base, load_model, origin_of, push_folder, push_to_hub, save_pretrained, save_timm_folder
+
+WEIGHTS, CONFIG = "bayesify.safetensors", "bayesify_config.json"
+
+
+def images():
+    return (torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3)),)
+
+
+def tokens():
+    return (torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(3)),)
+
+
+def numbers():
+    return (torch.randn(4, 5, generator=torch.Generator().manual_seed(3)),)
+
+
+def plain():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+def timm_model(folder, name="test_resnet", **options):
+    torch.manual_seed(0)
+    save_timm_folder(timm.create_model(name, num_classes=5, **options), folder)
+    return load_base(folder, label_names=["a", "b", "c"])
+
+
+def bert(folder):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, num_labels=5
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return load_base(folder, label_names=["a", "b", "c"])
+
+
+def changed(bnn, inputs):
+    """As after training: other factors, a trained bias, other statistics."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for _, _, factor in bnn.factors():
+            for parameter in factor.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        next(p for n, p in bnn.slow_parameters() if n.endswith("bias")).add_(0.5)
+        bnn.train()(*inputs)
+    return bnn.eval()
+
+
+def outputs(bnn, inputs):
+    return bnn.predict(*inputs, samples=2, seed=5).outputs
+
+
+@pytest.fixture(params=["timm", "bert"])
+def saved(request, tmp_path):
+    """(Bayesian model from a base folder with a new head, its inputs, its base)."""
+    make, inputs = {"timm": (timm_model, images()), "bert": (bert, tokens())}[request.param]
+    base = make(tmp_path / "base")
+    before = base.model(*inputs)
+    bnn = bayesify(base.model, members=2)
+    bnn.origin, bnn.label_names = origin_of(bnn.model, base), base.label_names
+    return changed(bnn, inputs), inputs, getattr(before, "logits", before)
+
+
+def test_round_trip(saved, tmp_path):
+    bnn, inputs, before = saved
+    expected = outputs(bnn, inputs)
+    assert not torch.allclose(expected.mean((0, 1)), before, atol=1e-3)
+    bnn.save_pretrained(tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", CONFIG, WEIGHTS]
+    again = from_pretrained(tmp_path / "out")
+    assert torch.equal(outputs(again, inputs), expected)
+    assert again.label_names == ["a", "b", "c"]
+    assert (again.origin, again.config, again.task) == (bnn.origin, bnn.config, bnn.task)
+    assert not again.training
+    again.save_pretrained(tmp_path / "out")
+    assert torch.equal(outputs(from_pretrained(tmp_path / "out"), inputs), expected)
+
+
+def test_a_delta_holds_what_differs_and_full_holds_all(saved, tmp_path):
+    bnn, inputs, _ = saved
+    state = bnn.model.state_dict()
+    bnn.save_pretrained(tmp_path / "delta")
+    delta = load_file(tmp_path / "delta" / WEIGHTS)
+    slow = {name for name in delta if ".rank1." not in name}
+    base = load_base(tmp_path / "base", label_names=["a", "b", "c"]).model.state_dict()
+    bias = next(n for n, _ in bnn.slow_parameters() if n.endswith("bias"))
+    head = {name for name in state if name.startswith(("fc.", "classifier.")) and ".rank1." not in name}
+    assert bias in slow
+    assert head <= slow
+    assert not any(torch.equal(delta[name], base[name]) for name in slow - head)
+    if any("running_mean" in name for name in state):
+        assert {name for name in state if "running_" in name} <= slow
+    assert len(slow) < len(base) / 2 or "running_mean" in str(slow)
+
+    bnn.save_pretrained(tmp_path / "full", full=True)
+    assert load_file(tmp_path / "full" / WEIGHTS).keys() == state.keys()
+    shutil.rmtree(tmp_path / "base")
+    assert torch.equal(outputs(from_pretrained(tmp_path / "full"), inputs), outputs(bnn, inputs))
+    with pytest.raises(BayesifyError, match="as base_model="):
+        from_pretrained(tmp_path / "delta")
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    torch.manual_seed(0)
+    GPT2LMHeadModel(
+        GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=16, bos_token_id=1, eos_token_id=2)
+    ).save_pretrained(tmp_path / "base")
+    bnn = changed(bayesify(GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval(), members=2), tokens())
+    for full in (False, True):
+        bnn.save_pretrained(tmp_path / str(full), full=full)
+        again = from_pretrained(tmp_path / str(full))
+        assert again.model.lm_head.weight is again.model.transformer.wte.weight
+        assert torch.equal(outputs(again, tokens()), outputs(bnn, tokens()))
+    assert "transformer.wte.weight" not in load_file(tmp_path / "False" / WEIGHTS)
+
+
+def test_a_module_of_your_own(tmp_path):
+    bnn = changed(bayesify(plain(), members=2), numbers())
+    bnn.save_pretrained(tmp_path / "out")
+    again = from_pretrained(tmp_path / "out", base_model=plain())
+    assert torch.equal(outputs(again, numbers()), outputs(bnn, numbers()))
+    with pytest.raises(BayesifyError, match="pass it as base_model="):
+        from_pretrained(tmp_path / "out")
+
+
+def test_arguments_of_timm_are_kept(tmp_path):
+    base = timm_model(tmp_path / "base", "test_vit", img_size=32)
+    for model, origin in (
+        (base.model, origin_of(base.model, base)),
+        (timm.create_model("test_vit", img_size=32, num_classes=3), None),
+        (timm.create_model("test_vit", img_size=32, num_classes=0), None),
+    ):
+        bnn = changed(bayesify(model.eval(), members=2), images())
+        bnn.origin = origin
+        bnn.save_pretrained(tmp_path / "out", full=True)
+        assert torch.equal(outputs(from_pretrained(tmp_path / "out"), images()), outputs(bnn, images()))
+
+
+def test_a_relative_base_folder_is_found_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    timm_model("base")
+    base = load_base("base")
+    bnn = bayesify(base.model, members=2)
+    bnn.origin = origin_of(bnn.model, base)
+    bnn.save_pretrained("out")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(outputs(from_pretrained("../out"), images()), outputs(bnn, images()))
+
+
+def test_the_base_can_be_given_in_other_ways(saved, tmp_path):
+    bnn, inputs, _ = saved
+    bnn.save_pretrained(tmp_path / "out")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    again = from_pretrained(tmp_path / "out", base_model=tmp_path / "moved")
+    assert torch.equal(outputs(again, inputs), outputs(bnn, inputs))
+    assert again.origin.id == str(tmp_path / "moved")
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(FormatError, match="something else"):
+        bayesify(plain(), members=2).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def _edited(folder, **fields):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **fields}))
+
+
+def _weights(folder, change):
+    state = load_file(folder / WEIGHTS)
+    change(state)
+    save_file(state, folder / WEIGHTS)
+
+
+BROKEN = {
+    "truncated weights": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-50]), f"{WEIGHTS}: truncated"),
+    "truncated config": (lambda f: (f / CONFIG).write_text((f / CONFIG).read_text()[:-50]), f"{CONFIG}: truncated"),
+    "not an object": (lambda f: (f / CONFIG).write_text("[1]"), f"{CONFIG}: expected a JSON object"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), f"{WEIGHTS}: not found"),
+    "no config": (lambda f: (f / CONFIG).unlink(), f"{CONFIG}: not found"),
+    "foreign config": (lambda f: (f / CONFIG).write_text('{"a": 1}'), f"{CONFIG}: field format_version is missing"),
+    "unknown field": (lambda f: _edited(f, extra=1), f"{CONFIG}: field extra is unknown"),
+    "newer": (lambda f: _edited(f, format_version=99), f"{CONFIG}: format_version 99 is newer"),
+    "unknown option": (lambda f: _edited(f, rank1={"memberz": 2}), f"{CONFIG}: rank1: unknown field 'memberz'"),
+    "bad option": (lambda f: _edited(f, rank1={"members": -2}), f"{CONFIG}: rank1: members must be"),
+    "bad labels": (lambda f: _edited(f, labels="abc"), f"{CONFIG}: field labels"),
+    "bad task": (lambda f: _edited(f, task="x"), f"{CONFIG}: field task"),
+    "bad preprocessing": (lambda f: _edited(f, preprocessing={"type": "x"}), f"{CONFIG}: preprocessing.type"),
+    "unknown library": (lambda f: _edited(f, base_model={"library": "x"}), f"{CONFIG}: base_model.library"),
+    "pattern of another model": (lambda f: _edited(f, rank1={"include": ["no"]}), f"{CONFIG}: does not fit"),
+    "other members": (lambda f: _edited(f, rank1={"members": 3}), f"{WEIGHTS}: .* has shape"),
+    "wrong shape": (lambda f: _weights(f, lambda s: s.update({"0.weight": torch.zeros(3)})), f"{WEIGHTS}: 0.weight has shape"),
+    "missing tensor": (lambda f: _weights(f, lambda s: s.pop("0.bias")), f"{WEIGHTS}: 0.bias is missing"),
+    "unknown tensor": (lambda f: _weights(f, lambda s: s.update(x=torch.zeros(3))), f"{WEIGHTS}: x is unknown"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_files_are_named_and_the_given_model_is_unchanged(case, tmp_path):
+    bayesify(plain(), members=2).save_pretrained(tmp_path)
+    damage, message = BROKEN[case]
+    damage(tmp_path)
+    model = plain()
+    before = {name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(FormatError, match=message):
+        from_pretrained(tmp_path, base_model=model)
+    assert classes == [type(module) for module in model.modules()]
+    assert list(before) == list(model.state_dict())
+    for name, value in model.state_dict().items():
+        assert value.data_ptr() == before[name][0]
+        assert torch.equal(value, before[name][1])
+
+
+@pytest.mark.parametrize("name", ["os.system", "PreTrainedTokenizer", "AutoModel", "__class__", "pipeline", ""])
+def test_hostile_class_names_are_refused(name, saved, tmp_path):
+    bnn, _, _ = saved
+    bnn.save_pretrained(tmp_path / "out", full=True)
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    _edited(tmp_path / "out", base_model={**config["base_model"], "architecture": name})
+    with pytest.raises(FormatError, match=f"{CONFIG}: base_model.architecture '{name}' is no model"):
+        from_pretrained(tmp_path / "out")
+
+
+def test_hostile_arguments_are_refused(tmp_path):
+    base = timm_model(tmp_path / "base")
+    bnn = bayesify(base.model, members=2)
+    bnn.origin = origin_of(bnn.model, base)
+    bnn.save_pretrained(tmp_path / "out", full=True)
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    _edited(tmp_path / "out", base_model={**config["base_model"], "model_args": {"checkpoint_path": "evil.pth"}})
+    with pytest.raises(FormatError, match="must not hold checkpoint_path"):
+        from_pretrained(tmp_path / "out")
+    _edited(tmp_path / "out", weights="changed")
+    with pytest.raises(BayesifyError, match="must not hold checkpoint_path"):
+        from_pretrained(tmp_path / "out")
+
+
+def test_a_saved_model_in_the_cache_of_the_hub(saved, tmp_path):
+    bnn, _, _ = saved
+    cached = tmp_path / "hub" / "models--someone--bayesian"
+    bnn.save_pretrained(cached / "snapshots" / ("a" * 40), full=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("a" * 40)
+    code = (
+        "from bayesify.hub import load_model; model, base = load_model('someone/bayesian'); print(model.members, base)"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=environment) == "2 None\n"
+
+
+def test_load_model_of_either_kind(tmp_path):
+    base = timm_model(tmp_path / "base")
+    save_pretrained(bayesify(base.model, members=2), tmp_path / "out", full=True)
+    assert load_model(tmp_path / "out")[0].members == 2
+    assert load_model(tmp_path / "base", num_labels=4)[1].label_names == ["0", "1", "2", "3"]
+    with pytest.raises(BayesifyError, match="neither a folder"):
+        load_model("nothing_like_this")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Uploads that are only written down: [(repo_id, {file}, options)]."""
+    uploads = []
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, ignore_patterns, **options):
+        from huggingface_hub.utils import filter_repo_objects
+
+        files = [
+            os.path.relpath(os.path.join(place, name), folder_path)
+            for place, _, names in os.walk(folder_path)
+            for name in names
+        ]
+        kept = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        uploads.append((repo_id, set(kept), options))
+
+    class Address(str):
+        repo_id = "me/model"
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *a, **k: Address("https://hub/me/model"))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+    return uploads
+
+
+def test_push_is_one_commit_without_checkpoints(hub, tmp_path):
+    bnn = bayesify(plain(), members=2)
+    bnn.save_pretrained(tmp_path)
+    for name in ("checkpoint/model.safetensors", "checkpoint/checkpoint.json", ".checkpoint.old/a.json", "log.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    for name in ("report.json", "report.md", "reliability.png"):
+        (tmp_path / name).write_text("{}")
+    assert push_folder(tmp_path, "me/model", message="First") == "https://hub/me/model"
+    ((repo, files, options),) = hub
+    assert repo == "me/model"
+    assert files == {CONFIG, WEIGHTS, "README.md", "report.json", "report.md", "reliability.png"}
+    assert options == {"commit_message": "First"}
+
+
+def test_push_refuses_what_others_cannot_use(hub, saved, tmp_path):
+    bnn, _, _ = saved
+    bnn.save_pretrained(tmp_path / "out")
+    with pytest.raises(BayesifyError, match="save it with full weights"):
+        push_folder(tmp_path / "out", "me/model")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(BayesifyError, match="save it with full weights"):
+        push_folder(tmp_path / "out", "me/model")
+    with pytest.raises(FormatError, match="not found"):
+        push_folder(tmp_path, "me/model")
+    assert hub == []
+    assert bnn.push_to_hub("me/model") == push_to_hub(bnn, "me/model")
+    assert [files for _, files, _ in hub] == [{CONFIG, WEIGHTS, "README.md"}] * 2
+
+
+def test_a_refusal_of_the_hub_is_one_error(monkeypatch, tmp_path):
+    bayesify(plain(), members=2).save_pretrained(tmp_path)
+
+    def create_repo(*args, **options):
+        raise RuntimeError("401\n  unauthorized")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create_repo)
+    with pytest.raises(BayesifyError, match="me/model could not be uploaded: 401 unauthorized"):
+        push_folder(tmp_path, "me/model")
