@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from bayesify.errors import FormatError
 
 CONFIG_FILE = "bayesify_config.json"
@@ -43,3 +47,13 @@ def check_output(folder: str | Path) -> Path:
                 f"{folder} already holds something else ({', '.join(found[:3])}); give a new or empty folder."
             )
     return folder
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The content of a safetensors file, or a `FormatError` naming it."""
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise FormatError(f"{path}: not found.") from error
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path}: truncated or not a safetensors file ({error}).") from error

@@ -253,7 +253,7 @@ def test_factors_option_leaves_the_other_side_at_one(factors: Any) -> None:
 @some_cases("mlp", "cnn", "lstm", "packed_gru")
 def test_partition_gives_each_member_its_share(case: Case) -> None:
     bnn = convert(case, members=3, posterior="deterministic")
-    args, kwargs = case.example()
+    args, _ = case.example()
     args = tuple(torch.cat([value] * 3)[:6] for value in args)
     every = bnn.predict(*args).outputs[:, 0]
     bnn.eval().training = True
@@ -287,7 +287,7 @@ def test_kl_sums_over_sites_and_reduces_over_members(reduction: Any) -> None:
 
 
 def test_kl_of_an_ensemble_is_zero() -> None:
-    assert float(mlp(posterior="deterministic").kl()) == 0.0
+    assert mlp(posterior="deterministic").kl().item() == 0.0
 
 
 # ------------------------------------------------------------------------------------------------ merge and unload

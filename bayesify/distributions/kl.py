@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from bayesify.distributions.posteriors import DeterministicFactor, Factor, NormalFactor
@@ -44,7 +43,8 @@ def kl_divergence(factor: Factor) -> Tensor:
 @register_kl(DeterministicFactor, NormalPrior)
 def _deterministic(q: Factor, p: Prior) -> Tensor:
     """A point mass carries no KL: the mixture is then an ensemble trained by maximum likelihood."""
-    return torch.zeros(q.members, device=q.loc.device)
+    # Still a function of loc: data parallelism waits for a gradient of every parameter, even an unused one.
+    return 0.0 * q.loc.float().sum(-1)
 
 
 @register_kl(NormalFactor, NormalPrior)

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bayesify.errors import FormatError
+from bayesify.files import read_tensors
 
 FORMAT = 1
 
@@ -29,6 +29,15 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 def load_trained_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Put a `trained_state` back, after checking every name and shape."""
+    check_trained_state(model, state, source)
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+def check_trained_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Raise `FormatError` unless names and shapes are those of the model's `trained_state`."""
     own = model.state_dict()
     expected = trained_state(model)
     missing, foreign = sorted(set(expected) - set(state)), sorted(set(state) - set(own))
@@ -39,9 +48,6 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor], source: str) 
     for name, value in state.items():
         if value.shape != own[name].shape:
             raise FormatError(f"{source}: {name} has shape {tuple(value.shape)}; expected {tuple(own[name].shape)}.")
-    with torch.no_grad():
-        for name, value in state.items():
-            own[name].copy_(value)
 
 
 def save_checkpoint(
@@ -75,9 +81,13 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, processes: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore model and optimizer; returns the progress and the best state. Raises `FormatError` on a bad folder."""
+    """Restore model and optimizer; returns the progress and the best state.
+
+    Raises:
+        FormatError: the folder is missing, damaged, or of another run. All is checked before anything is changed.
+    """
     if not folder.exists() and folder.with_name(f".{folder.name}.old").exists():
         folder = folder.with_name(f".{folder.name}.old")  # interrupted between the two moves of a save
     content = _read_json(folder / "checkpoint.json")
@@ -85,12 +95,40 @@ def load_checkpoint(
         raise FormatError(f"{folder / 'checkpoint.json'}: format {content.get('format')!r}; expected {FORMAT}.")
     model_state = read_tensors(folder / "model.safetensors")
     best = read_tensors(folder / "best.safetensors")
+    try:
+        state, groups, progress = _parse(folder, content, optimizer)
+        written_by = len(progress["random"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{folder}: is damaged or no checkpoint of this program ({error!r}).") from error
+    if written_by != processes:
+        raise FormatError(f"{folder}: was written by {written_by} processes; found {processes}.")
+    if best:
+        check_trained_state(model, best, str(folder / "best.safetensors"))
+    load_trained_state(model, model_state, str(folder / "model.safetensors"))
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return progress, best
+
+
+def _parse(
+    folder: Path, content: dict[str, Any], optimizer: torch.optim.Optimizer
+) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """State and groups for the optimizer, and the progress."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in read_tensors(folder / "optimizer.safetensors").items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
     for index, entries in content["scalars"].items():
         state.setdefault(int(index), {}).update(entries)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entries in state.items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameters[index].shape:
+                raise FormatError(
+                    f"{folder / 'optimizer.safetensors'}: {index}.{key} has shape {tuple(value.shape)}; "
+                    f"expected {tuple(parameters[index].shape)}."
+                )
     current = optimizer.state_dict()["param_groups"]
     if len(current) != len(content["groups"]):
         raise FormatError(f"{folder}: has {len(content['groups'])} parameter groups; expected {len(current)}.")
@@ -98,9 +136,11 @@ def load_checkpoint(
     for saved in groups:
         if "betas" in saved:
             saved["betas"] = tuple(saved["betas"])
-    load_trained_state(model, model_state, str(folder / "model.safetensors"))
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return content["progress"], best
+    progress = content["progress"]
+    missing = {"step", "scheduler", "best_nll", "best_step", "random", "scaler"} - set(progress)
+    if missing:
+        raise FormatError(f"{folder / 'checkpoint.json'}: the progress has no {sorted(missing)[0]!r}.")
+    return state, groups, progress
 
 
 def random_state() -> dict[str, Any]:
@@ -123,16 +163,6 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([torch.tensor(s, dtype=torch.uint8) for s in state["cuda"]])
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file, or a `FormatError` naming it."""
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise FormatError(f"{path}: not found.") from error
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path}: truncated or not a safetensors file ({error}).") from error
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

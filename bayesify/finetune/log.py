@@ -31,8 +31,8 @@ class TrainingLog:
         self.path = path if accelerator.is_main_process else None
         self.rows: list[dict[str, Any]] = []
         if self.path is not None and self.path.exists():
-            lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.strip()]
-            self.rows = [row for row in lines if row["step"] <= first_step] if first_step else []
+            rows = map(_read_row, self.path.read_text().splitlines())
+            self.rows = [row for row in rows if row is not None and row["step"] <= first_step] if first_step else []
             self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -62,3 +62,12 @@ class TrainingLog:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+
+def _read_row(line: str) -> dict[str, Any] | None:
+    """A line of the log, or `None` for one that a killed process left unfinished."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

@@ -84,6 +84,8 @@ class FineTuner:
         self.output = None if output is None else Path(output)
         self.collate_fn = collate_fn or getattr(train, "collate_fn", None) or default_collate
         self.progress = progress
+        if validation is not None and len(validation) == 0:  # type: ignore[arg-type]
+            raise DataError("the validation data set is empty; leave it out to train without one.")
         self.accelerator = _accelerator(self.config, self.output)
         self.batches = RankBatches(
             len(train),  # type: ignore[arg-type]
@@ -112,8 +114,6 @@ class FineTuner:
         set_seed(config.seed, device_specific=True)
         select_trained(self.model, config)
         bayesian = isinstance(self.model, BayesianModel)
-        if bayesian:
-            self.model.expansion = config.expand  # type: ignore[assignment]
         self.model.to(accelerator.device)
         optimizer = make_optimizer(self.model, config)
         warmup = round(config.warmup * self.total_steps)
@@ -126,7 +126,11 @@ class FineTuner:
         model, optimizer = accelerator.prepare(self.model, optimizer)
         objective = self._objective()
         loader: DataLoader[Any] = DataLoader(
-            self.train, batch_sampler=self.batches, collate_fn=self.collate_fn, num_workers=config.workers
+            self.train,
+            batch_sampler=self.batches,
+            collate_fn=self.collate_fn,
+            num_workers=config.workers,
+            generator=torch.Generator().manual_seed(config.seed),  # or each iterator would move the global stream on
         )
         batches = endless(loader, self.batches, self.train, progress["step"] * config.accumulation)
         if config.trackers:
@@ -136,6 +140,8 @@ class FineTuner:
             path.parent.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
         try:
+            if bayesian:
+                self.model.expansion = config.expand  # type: ignore[assignment]
             with TrainingLog(accelerator, path, progress["step"], self.total_steps, self.progress) as log:
                 for step in range(progress["step"], self.total_steps):
                     model.train()
@@ -180,17 +186,18 @@ class FineTuner:
             with nullcontext() if last else accelerator.no_sync(model):
                 output = model(*args, **kwargs, labels=labels) if own_loss else model(*args, **kwargs)
                 terms: ELBOTerms = objective(output, None if own_loss else labels, step)
-                loss = accelerator.reduce(terms.loss.detach(), "mean").item()  # type: ignore[union-attr]
+                means = accelerator.reduce(torch.stack([terms.loss.detach(), terms.nll.detach()]), "mean")
+                loss, nll = means.tolist()  # type: ignore[union-attr]
                 if not math.isfinite(loss):
                     optimizer.zero_grad()
                     kept = f" The last checkpoint, in {self.output}, is kept." if self.output else ""
                     raise TrainingError(
                         f"the loss is {loss} at step {step + 1} "
-                        f"(nll {terms.nll.item():.4g}, kl {terms.kl.item():.4g}). "
+                        f"(nll {nll:.4g}, kl {terms.kl.item():.4g}). "
                         f"Try a lower learning_rate or factor_lr_multiplier.{kept}"
                     )
                 accelerator.backward(terms.loss / config.accumulation)
-            parts = {"loss": loss, "nll": terms.nll.item(), "kl": terms.kl.item(), "kl_weight": terms.weight}
+            parts = {"loss": loss, "nll": nll, "kl": terms.kl.item(), "kl_weight": terms.weight}
             totals = {name: totals[name] + value / config.accumulation for name, value in parts.items()}
         if config.clip_norm is not None:
             norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
@@ -215,6 +222,7 @@ class FineTuner:
             batch_sampler=groups,
             collate_fn=getattr(self.validation, "collate_fn", None) or self.collate_fn,
             num_workers=config.workers,
+            generator=torch.Generator().manual_seed(config.seed),
         )
         totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         for number, batch in enumerate(loader):
@@ -265,13 +273,9 @@ class FineTuner:
     def _restore(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self.checkpoint is None:
             raise FormatError("resume=True needs the output folder of the run to resume.")
-        progress, best = load_checkpoint(self.checkpoint, self.model, optimizer)
-        states = progress["random"]
-        if len(states) != self.accelerator.num_processes:
-            raise FormatError(
-                f"{self.checkpoint}: was written by {len(states)} processes; found {self.accelerator.num_processes}."
-            )
-        set_random_state(states[self.accelerator.process_index])
+        processes = self.accelerator.num_processes
+        progress, best = load_checkpoint(self.checkpoint, self.model, optimizer, processes)
+        set_random_state(progress["random"][self.accelerator.process_index])
         if self.accelerator.scaler is not None and progress["scaler"]:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         return progress, best

@@ -33,7 +33,7 @@ def audit(model: nn.Module, inputs: Inputs, plan: Plan, config: Rank1Config) -> 
     with _Evaluating(model):
         try:
             with torch.no_grad():
-                reference = _real(model(*inputs[0], **inputs[1]))
+                reference = _real(model(*inputs[0], **inputs[1]), rows)
         except Exception as error:
             raise ConversionError(
                 f"the network itself fails on example_inputs: {type(error).__name__}: {error}. Give the inputs of one "
@@ -44,7 +44,7 @@ def audit(model: nn.Module, inputs: Inputs, plan: Plan, config: Rank1Config) -> 
         try:
             draws = _hold_ones(plan, 2 * batch)
             with torch.enable_grad():
-                outputs = _real(model(*args, **kwargs))
+                outputs = _real(model(*args, **kwargs), rows)
         except Exception as error:
             raise ConversionError(
                 f"the converted network fails where the original does not: {type(error).__name__}: {error} "
@@ -114,9 +114,16 @@ def _check_reach(
     plan.notes.extend(f"the factors of {name} do not move the output on the example inputs" for name in sorted(still))
     for layer in [name for name in plan.layers if name not in reached]:
         plan.skip(layer, "not called on the example inputs")
+    if not plan.layers:
+        raise ConversionError(
+            "no output of the network depends on its converted layers on the example inputs. Not called: "
+            f"{', '.join(sorted({layer for layer, _, _ in draws}))}. Give inputs that reach them, or include others."
+        )
 
 
-def _real(output: Any) -> list[Tensor]:
+def _real(output: Any, rows: Rows) -> list[Tensor]:
+    if rows.recurrent:
+        return [rows.outputs(output)]  # the states have their batch elsewhere
     found: list[Tensor] = []
 
     def note(value: Any) -> Any:

@@ -122,6 +122,7 @@ def _read_graphs(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
     """Weights used without their layer, and layers whose input does not carry the batch."""
     untraced: list[str] = []
     suspicious = False
+    ties = tied_names(model)
     for name, module in model.named_modules():
         if not _has_code_of_its_own(name, module, plan):
             continue
@@ -133,7 +134,7 @@ def _read_graphs(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
             continue
         uses, constant_calls = linear_uses(graph.nodes, _parameter_of(name), lambda node: node.op == "placeholder")
         for use in uses:
-            _note_use(plan, use.parameters, name, use.operation)
+            _note_use(plan, use.parameters, name, use.operation, ties)
         for call in constant_calls:
             _skip_constant(plan, _join(name, str(call.target)))
     if not untraced:
@@ -144,7 +145,7 @@ def _read_graphs(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
     if exported is not None:
         for name in untraced:
             plan.routes[name] = "export"
-        _read_export(plan, exported)
+        _read_export(plan, exported, ties)
     elif suspicious:
         plan.notes.append(
             f"the forward of {untraced[0] or type(model).__name__} could not be traced or exported, so its layers were "
@@ -153,20 +154,22 @@ def _read_graphs(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
     _account_for_raw_parameters(model, plan, untraced, planned=exported is not None)
 
 
-def _read_export(plan: Plan, uses: list[ExportedUse]) -> None:
+def _read_export(plan: Plan, uses: list[ExportedUse], ties: dict[str, list[str]]) -> None:
     for use in uses:
         if not use.carries_batch:
             _skip_constant(plan, use.owner)
             continue
-        _note_use(plan, use.parameters, use.owner, use.operation)
+        _note_use(plan, use.parameters, use.owner, use.operation, ties)
 
 
-def _note_use(plan: Plan, parameters: Iterable[str], owner: str, operation: str) -> None:
+def _note_use(plan: Plan, parameters: Iterable[str], owner: str, operation: str, ties: dict[str, list[str]]) -> None:
     """A linear operation run by `owner` reads these parameters: fine inside their own layer, else not covered."""
     for parameter in parameters:
-        layer = _layer_of(plan, parameter)
-        if layer is not None and (owner == layer or owner.startswith(f"{layer}.")):
+        # A graph knows a tied weight by one of its names, which may be that of another layer.
+        layers = [_layer_of(plan, name) for name in (parameter, *ties.get(parameter, []))]
+        if any(name is not None and (owner == name or owner.startswith(f"{name}.")) for name in layers):
             continue
+        layer = layers[0]
         where = owner or "the model"
         if layer is not None:
             plan.skip(layer, f"{where} uses its weight through {operation} without calling the layer")

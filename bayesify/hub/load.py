@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bayesify.config import Rank1Config
 from bayesify.errors import BayesifyError, ConversionError, FormatError
-from bayesify.files import CONFIG_FILE, WEIGHTS_FILE
+from bayesify.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors
 from bayesify.hub.base import load_base
 from bayesify.hub.origin import Origin, build, located
 from bayesify.hub.save import FORMAT_VERSION
@@ -53,7 +51,7 @@ def from_pretrained(
     """
     folder = _folder(source, revision)
     config = read_config(folder / CONFIG_FILE)
-    state = _read_weights(folder / WEIGHTS_FILE)
+    state = read_tensors(folder / WEIGHTS_FILE)
     origin = config["base_model"]
     preprocessing = None
     if config["preprocessing"] is not None:
@@ -118,15 +116,6 @@ def _folder(source: str | Path, revision: str | None) -> Path:
         raise FormatError(f"{source} is neither a folder nor a Hub id (owner/name).") from error
     except Exception as error:  # http libraries, proxies and caches each have their own errors
         raise not_downloaded(str(source), error) from error
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise FormatError(f"{path}: not found.") from error
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path}: truncated or not a safetensors file ({error}).") from error
 
 
 def _network(

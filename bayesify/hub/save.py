@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from bayesify.model import BayesianModel
 
 FORMAT_VERSION = 1
+_READABLE = 0o666
 
 
 def save_pretrained(model: BayesianModel, folder: str | Path, *, full: bool = False) -> Path:
@@ -51,7 +51,8 @@ def save_pretrained(model: BayesianModel, folder: str | Path, *, full: bool = Fa
         "preprocessing": None if model.preprocessing is None else model.preprocessing.to_dict(),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".bayesify-", dir=folder))
+    temporary = folder / f".saving-{os.getpid()}"
+    temporary.mkdir()
     try:
         save_file(kept, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
@@ -60,10 +61,18 @@ def save_pretrained(model: BayesianModel, folder: str | Path, *, full: bool = Fa
         write_card(temporary / "README.md", model, origin, folder)
         for path in sorted(temporary.iterdir(), key=lambda p: p.name == CONFIG_FILE):
             # The config goes last: a reader that finds it finds the rest.
+            path.chmod(_READABLE & ~_umask())
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _umask() -> int:
+    """The permissions that new files do not get; safetensors gives them to the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _base_state(origin: Origin) -> dict[str, Tensor] | None:
@@ -71,6 +80,8 @@ def _base_state(origin: Origin) -> dict[str, Tensor] | None:
         return None
     try:
         with torch.random.fork_rng(devices=[]):
+            # A new head must differ from this one even if it was made under the same seed.
+            torch.default_generator.seed()
             return build(origin, pretrained=True).state_dict()
     except BayesifyError:
         return None  # not to be had here: then all weights are written

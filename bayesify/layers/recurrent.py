@@ -163,7 +163,13 @@ class _Rank1RNN(_Recurrent):
                 part = pack_padded_sequence(part, here, bool(self.batch_first), enforce_sorted=False)
             state = _map_state(hx, lambda t, d=draw: t.narrow(1, d * rows, rows).contiguous())
             with self._weights_of(draw):
-                output, state = super(Rank1Layer, self).forward(part, state)  # type: ignore[misc]
+                result = super(Rank1Layer, self).forward(part, state)  # type: ignore[misc]
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise BayesifyError(
+                    f"{original_class(type(self)).__name__} does not return (output, state) as torch's layer does; "
+                    "register an equivalent with @rank1, or leave it out with exclude=."
+                )
+            output, state = result
             if lengths is not None:
                 output, _ = pad_packed_sequence(output, bool(self.batch_first), total_length=x.shape[1 - batch_dim])
             outputs.append(output)

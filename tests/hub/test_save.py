@@ -82,11 +82,11 @@ def test_round_trip(saved, tmp_path):
     expected = outputs(bnn, inputs)
     assert not torch.allclose(expected.mean((0, 1)), before, atol=1e-3)
     bnn.save_pretrained(tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", CONFIG, WEIGHTS]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", WEIGHTS, CONFIG]
     again = from_pretrained(tmp_path / "out")
     assert torch.equal(outputs(again, inputs), expected)
     assert again.label_names == ["a", "b", "c"]
-    assert (again.origin, again.config, again.task) == (bnn.origin, bnn.config, bnn.task)
+    assert (again.origin.id, again.config, again.task) == (bnn.origin.id, bnn.config, bnn.task)
     assert not again.training
     again.save_pretrained(tmp_path / "out")
     assert torch.equal(outputs(from_pretrained(tmp_path / "out"), inputs), expected)
@@ -100,8 +100,9 @@ def test_a_delta_holds_what_differs_and_full_holds_all(saved, tmp_path):
     slow = {name for name in delta if ".rank1." not in name}
     base = load_base(tmp_path / "base", label_names=["a", "b", "c"]).model.state_dict()
     bias = next(n for n, _ in bnn.slow_parameters() if n.endswith("bias"))
-    head = {name for name in state if name.startswith(("fc.", "classifier.")) and ".rank1." not in name}
+    head = {"fc.weight", "classifier.weight"} & state.keys()
     assert bias in slow
+    assert head
     assert head <= slow
     assert not any(torch.equal(delta[name], base[name]) for name in slow - head)
     if any("running_mean" in name for name in state):
@@ -114,6 +115,17 @@ def test_a_delta_holds_what_differs_and_full_holds_all(saved, tmp_path):
     assert torch.equal(outputs(from_pretrained(tmp_path / "full"), inputs), outputs(bnn, inputs))
     with pytest.raises(BayesifyError, match="as base_model="):
         from_pretrained(tmp_path / "delta")
+
+
+def test_a_new_head_is_saved_whatever_the_seed(tmp_path):
+    timm_model(tmp_path / "base")
+    torch.manual_seed(0)
+    base = load_base(tmp_path / "base", label_names=["a", "b", "c"])
+    bnn = bayesify(base.model, members=2)
+    bnn.origin = origin_of(bnn.model, base)
+    torch.manual_seed(0)
+    bnn.save_pretrained(tmp_path / "out")
+    assert "fc.weight" in load_file(tmp_path / "out" / WEIGHTS)
 
 
 def test_tied_weights_stay_tied(tmp_path):
@@ -185,6 +197,10 @@ def _edited(folder, **fields):
     (folder / CONFIG).write_text(json.dumps({**config, **fields}))
 
 
+def _cut(file):
+    file.write_bytes(file.read_bytes()[:-50])
+
+
 def _weights(folder, change):
     state = load_file(folder / WEIGHTS)
     change(state)
@@ -192,8 +208,8 @@ def _weights(folder, change):
 
 
 BROKEN = {
-    "truncated weights": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-50]), f"{WEIGHTS}: truncated"),
-    "truncated config": (lambda f: (f / CONFIG).write_text((f / CONFIG).read_text()[:-50]), f"{CONFIG}: truncated"),
+    "truncated weights": (lambda f: _cut(f / WEIGHTS), f"{WEIGHTS}: truncated"),
+    "truncated config": (lambda f: _cut(f / CONFIG), f"{CONFIG}: truncated"),
     "not an object": (lambda f: (f / CONFIG).write_text("[1]"), f"{CONFIG}: expected a JSON object"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"{WEIGHTS}: not found"),
     "no config": (lambda f: (f / CONFIG).unlink(), f"{CONFIG}: not found"),
@@ -208,7 +224,7 @@ BROKEN = {
     "unknown library": (lambda f: _edited(f, base_model={"library": "x"}), f"{CONFIG}: base_model.library"),
     "pattern of another model": (lambda f: _edited(f, rank1={"include": ["no"]}), f"{CONFIG}: does not fit"),
     "other members": (lambda f: _edited(f, rank1={"members": 3}), f"{WEIGHTS}: .* has shape"),
-    "wrong shape": (lambda f: _weights(f, lambda s: s.update({"0.weight": torch.zeros(3)})), f"{WEIGHTS}: 0.weight has shape"),
+    "wrong shape": (lambda f: _weights(f, lambda s: s.update({"0.bias": torch.zeros(3)})), f"{WEIGHTS}: 0.bias has"),
     "missing tensor": (lambda f: _weights(f, lambda s: s.pop("0.bias")), f"{WEIGHTS}: 0.bias is missing"),
     "unknown tensor": (lambda f: _weights(f, lambda s: s.update(x=torch.zeros(3))), f"{WEIGHTS}: x is unknown"),
 }  # fmt: skip

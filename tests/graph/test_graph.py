@@ -1,0 +1,478 @@
+"""Capture, the plan, and the audit on small modules, one peculiarity each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import CASES
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayesify import ConversionError, Rank1Config, Rank1Layer, bayesify, rank1
+from bayesify.graph import find_sites
+from bayesify.graph.capture import capture, linear_uses
+from bayesify.graph.inputs import derive_inputs
+from bayesify.graph.sites import Plan
+from bayesify.layers import registry
+
+
+def plan_of(model: nn.Module, inputs: Any = None) -> Plan:
+    return find_sites(model, Rank1Config(members=2), None if inputs is None else ((inputs,), {}))
+
+
+class Raw(nn.Module):
+    """A matrix of its own, multiplied in a way given by the test, beside an ordinary layer."""
+
+    def __init__(self, multiply: Callable[[Tensor, Tensor], Tensor], untraceable: bool = False) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.matrix = nn.Parameter(torch.randn(4, 4))
+        self.shift = nn.Parameter(torch.randn(1, 4))
+        self.multiply = multiply
+        self.untraceable = untraceable
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.untraceable and x.shape[0] > 1000:
+            raise ValueError("too many examples")
+        return self.multiply(self.layer(x), self.matrix) + self.shift
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": lambda x, w: F.linear(x, w),
+    "matmul": lambda x, w: torch.matmul(x, w),
+    "operator": lambda x, w: x @ w,
+    "method": lambda x, w: x.mm(w),
+    "einsum": lambda x, w: torch.einsum("bi,ij->bj", x, w),
+    "transposed": lambda x, w: x @ w.t(),
+    "scaled": lambda x, w: x @ (w * 2.0).softmax(-1),
+    "addmm": lambda x, w: torch.addmm(x, x, w),
+}
+
+
+# ------------------------------------------------------------------------------------------------ capture
+
+
+def test_capture_keeps_children_as_leaves() -> None:
+    graph = capture(Raw(PRODUCTS["matmul"]))
+    assert graph is not None
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["layer"]
+    assert [node.target for node in graph.nodes if node.op == "get_attr"] == ["matrix", "shift"]
+
+
+def test_capture_of_data_dependent_code_is_none() -> None:
+    assert capture(Raw(PRODUCTS["matmul"], untraceable=True)) is None
+
+
+class Counting(nn.Module):
+    """Code that changes its module, as batch norms that count batches do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        self.last = torch.ones(1)
+        return self.layer(x) + torch.tensor([1.0])
+
+
+def test_planning_runs_forward_but_changes_nothing() -> None:
+    model = Counting()
+    before = set(vars(model))
+    assert list(plan_of(model).layers) == ["layer"]
+    assert float(model.calls) == 0.0
+    assert set(vars(model)) == before
+
+
+def test_linear_uses_follow_parameters_through_views_but_not_sums() -> None:
+    model = Raw(PRODUCTS["scaled"])
+    graph = capture(model)
+    assert graph is not None
+    uses, constant = linear_uses(
+        graph.nodes,
+        lambda node: str(node.target) if node.op == "get_attr" else None,
+        lambda node: node.op == "placeholder",
+    )
+    assert [(use.parameters, use.operation, use.carries_batch) for use in uses] == [
+        (frozenset({"matrix"}), "matmul", True)
+    ]
+    assert constant == []
+
+
+# ------------------------------------------------------------------------------------------------ raw parameters
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_raw_matrix_is_listed(name: str) -> None:
+    plan = plan_of(Raw(PRODUCTS[name]))
+    assert list(plan.layers) == ["layer"]
+    assert set(plan.skipped) == {"matrix"}
+    assert plan.skipped["matrix"].startswith("raw parameter, used through ")
+    assert plan.routes[""] == "fx"
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_raw_matrix_of_an_untraceable_forward_is_planned_by_export(name: str) -> None:
+    plan = plan_of(Raw(PRODUCTS[name], untraceable=True), torch.randn(3, 4))
+    assert list(plan.layers) == ["layer"]
+    assert set(plan.skipped) == {"matrix"}
+    assert plan.skipped["matrix"].startswith("raw parameter, used through ")
+    assert plan.routes[""] == "export"
+    assert plan.notes == []
+
+
+def test_raw_matrix_without_inputs_to_export_is_listed_and_noted() -> None:
+    plan = plan_of(Raw(PRODUCTS["matmul"], untraceable=True))
+    assert list(plan.layers) == ["layer"]
+    assert "use unknown" in plan.skipped["matrix"]
+    assert plan.routes[""] == "swap"
+    assert "example_inputs" in plan.notes[0]
+
+
+class Experts(nn.Module):
+    """Fused weights of several experts, as in mixtures of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 4, 8))
+        self.layer = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.bmm(x.expand(3, -1, -1), self.up).mean(0))
+
+
+def test_fused_weights_are_listed() -> None:
+    plan = plan_of(Experts())
+    assert set(plan.skipped) == {"up"}
+    assert "bmm" in plan.skipped["up"]
+    assert list(plan.layers) == ["layer"]
+
+
+# ------------------------------------------------------------------------------------------------ behind a layer's back
+
+
+class BehindTheBack(nn.Module):
+    def __init__(self, untraceable: bool) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+        self.untraceable = untraceable
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.untraceable and x.shape[0] > 1000:
+            raise ValueError("too many examples")
+        return self.head((self.proj.weight @ x.t()).t())
+
+
+@pytest.mark.parametrize("untraceable", [False, True], ids=["fx", "export"])
+def test_weight_used_without_its_layer_is_skipped(untraceable: bool) -> None:
+    model = BehindTheBack(untraceable)
+    plan = plan_of(model, torch.randn(3, 4) if untraceable else None)
+    assert list(plan.layers) == ["head"]
+    assert "without calling the layer" in plan.skipped["proj"]
+    bnn = bayesify(model, members=2, **({"example_inputs": torch.randn(3, 4)} if untraceable else {}))
+    assert type(bnn.model.proj) is nn.Linear
+
+
+class TiedDecoder(nn.Module):
+    """Reads a child's weight twice: by calling it and as a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(4, 3)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.linear(self.encoder(x).relu(), self.encoder.weight.t()))
+
+
+def test_weight_used_both_ways_is_skipped() -> None:
+    plan = plan_of(TiedDecoder())
+    assert list(plan.layers) == ["head"]
+    assert "linear" in plan.skipped["encoder"]
+
+
+# ------------------------------------------------------------------------------------------------ constants
+
+
+class FedByAConstant(nn.Module):
+    def __init__(self, untraceable: bool) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(5, 4))
+        self.positions = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        self.layer = nn.Linear(4, 2)
+        self.untraceable = untraceable
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.untraceable and x.shape[0] > 1000:
+            raise ValueError("too many examples")
+        return self.layer(x + self.positions(self.table))
+
+
+@pytest.mark.parametrize("untraceable", [False, True], ids=["fx", "export"])
+def test_layer_fed_by_a_constant_is_skipped(untraceable: bool) -> None:
+    plan = plan_of(FedByAConstant(untraceable), torch.randn(3, 5, 4) if untraceable else None)
+    assert list(plan.layers) == ["layer"]
+    for name in ("positions.0", "positions.2"):
+        assert "does not carry the batch" in plan.skipped[name]
+
+
+# ------------------------------------------------------------------------------------------------ attention of torch.nn
+
+
+class Attention(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x)[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 8, "vdim": 8}], ids=["packed", "separate"])
+def test_multihead_attention_is_skipped_with_reasons(options: dict[str, int]) -> None:
+    model = Attention(**options)
+    bnn = bayesify(model, members=2, example_inputs=torch.randn(2, 5, 8))
+    assert set(bnn.report.converted) == {"head"}
+    matrices = {n for n, p in model.attention.named_parameters(prefix="attention", recurse=False) if p.dim() > 1}
+    assert set(bnn.report.skipped) == {"attention.out_proj"} | {n for n in matrices if p_is_direct(n)}
+    assert "without calling the layer" in bnn.report.skipped["attention.out_proj"]
+
+
+def p_is_direct(name: str) -> bool:
+    return ".out_proj" not in name
+
+
+def test_transformer_encoder_layer_is_skipped_with_reasons() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3))
+    bnn = bayesify(model, members=2, example_inputs=torch.randn(2, 5, 8))
+    assert set(bnn.report.converted) == {"1"}
+    assert set(bnn.report.skipped) == {
+        "0.linear1", "0.linear2", "0.self_attn.out_proj", "0.self_attn.in_proj_weight",
+    }  # fmt: skip
+    assert all("nn.TransformerEncoderLayer" in r or "nn.MultiheadAttention" in r for r in bnn.report.skipped.values())
+    x = torch.randn(2, 5, 8)
+    before = bnn.eval().predict(x).outputs
+    assert not torch.equal(before[0], before[1])
+
+
+# ------------------------------------------------------------------------------------------------ audit
+
+
+class TimeFirst(nn.Module):
+    """Calls its layers on [T, B, d], so that rows of the first dimension are time steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x.transpose(0, 1)).transpose(0, 1).mean(1))
+
+
+@pytest.mark.parametrize("steps", [6, 8], ids=["multiple-of-no-batch", "multiple-of-the-batch"])
+def test_layer_that_sees_time_first_is_caught(steps: int) -> None:
+    with pytest.raises(ConversionError, match="first dimension") as caught:
+        bayesify(TimeFirst(), members=2, example_inputs=torch.randn(4, steps, 4))
+    assert "exclude=" in str(caught.value)
+    bnn = bayesify(TimeFirst(), members=2, exclude="inner", example_inputs=torch.randn(4, steps, 4))
+    assert set(bnn.report.converted) == {"head"}
+
+
+class MixesRows(nn.Module):
+    """Every example sees the mean of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y - y.mean(0)
+
+
+def test_network_that_mixes_examples_is_caught() -> None:
+    with pytest.raises(ConversionError, match="depends on another row's factors"):
+        bayesify(MixesRows(), members=2, example_inputs=torch.randn(3, 4))
+
+
+class HalfUsed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(4, 2)
+        self.spare = nn.Linear(4, 2)
+        self.dead = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x) + 0.0 * self.dead(x)
+
+
+def test_layer_that_is_not_called_is_skipped() -> None:
+    assert set(bayesify(HalfUsed(), members=2).report.converted) == {"used", "spare", "dead"}
+    report = bayesify(HalfUsed(), members=2, example_inputs=torch.randn(2, 4)).report
+    assert set(report.converted) == {"used", "dead"}
+    assert report.skipped == {"spare": "not called on the example inputs"}
+    assert any("dead" in note and "do not move" in note for note in report.notes)
+
+
+def test_only_unused_layers_left_is_an_error() -> None:
+    with pytest.raises(ConversionError, match="Not called: spare"):
+        bayesify(HalfUsed(), members=2, include="spare", example_inputs=torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch-first", "time-first"])
+def test_bare_recurrent_layer_passes_the_audit(batch_first: bool, packed: bool) -> None:
+    # Twice as many layers as examples: the first dimension of the states then looks like a batch of two members.
+    x: Any = torch.randn(2, 5, 4) if batch_first else torch.randn(5, 2, 4)
+    if packed:
+        x = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 5]), batch_first, enforce_sorted=False)
+    report = bayesify(nn.GRU(4, 3, num_layers=4, batch_first=batch_first), members=2, example_inputs=(x,)).report
+    assert len(report.converted) == 8
+    assert report.skipped == {}
+    assert report.notes == []
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+class Tied(nn.Module):
+    def __init__(self, untraceable: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.inner = nn.Linear(4, 4, bias=False)
+        self.again = nn.Linear(4, 4, bias=False)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.again.weight = self.inner.weight
+        self.head.weight = self.embedding.weight
+        self.untraceable = untraceable
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.untraceable and ids.shape[0] > 1000:
+            raise ValueError("too many examples")
+        return self.head(self.again(self.inner(self.embedding(ids)).relu()))
+
+
+@pytest.mark.parametrize("untraceable", [False, True], ids=["fx", "export"])
+def test_tied_weights_are_recorded_and_their_layers_converted(untraceable: bool) -> None:
+    model = Tied(untraceable)
+    report = bayesify(model, members=2, example_inputs=torch.randint(7, (3, 5))).report
+    assert set(report.converted) == {"inner", "again", "head"}
+    assert report.tied == {
+        "inner": ["again.weight"], "again": ["inner.weight"], "head": ["embedding.weight"],
+    }  # fmt: skip
+    assert set(report.skipped) == {"embedding"}
+    locs = {name: factor for name, side, factor in bayesify_factors(model) if side == "s"}
+    assert locs["inner"] is not locs["again"], "factors belong to the site, not to the weight"
+    assert model.again.weight is model.inner.weight
+
+
+def bayesify_factors(model: nn.Module) -> list[tuple[str, str, Any]]:
+    return [
+        (name, side, getattr(layer.site, side))
+        for name, layer in model.named_modules()
+        if isinstance(layer, Rank1Layer)
+        for side in ("s", "r")
+    ]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "llama"])
+def test_language_models_with_example_inputs_account_for_the_same(name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    _, inputs = case.example()
+    planned = bayesify(case.model(), members=2).report
+    checked = bayesify(case.model(), members=2, example_inputs=inputs).report
+    assert checked.converted == planned.converted
+    assert checked.skipped == planned.skipped
+
+
+class SharedModule(nn.Module):
+    """One module registered under two names and called under both."""
+
+    def __init__(self, untraceable: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = self.first
+        self.untraceable = untraceable
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.untraceable and x.shape[0] > 1000:
+            raise ValueError("too many examples")
+        return self.second(self.first(x).relu())
+
+
+@pytest.mark.parametrize("untraceable", [False, True], ids=["fx", "export"])
+def test_shared_module_is_one_site(untraceable: bool) -> None:
+    model = SharedModule(untraceable)
+    weight, bias = model.first.weight.detach().clone(), model.first.bias.detach()
+    bnn = bayesify(model, members=2, init_scale=0.3, example_inputs=torch.randn(3, 4))
+    assert set(bnn.report.converted) == {"first"}
+    assert bnn.model.second is bnn.model.first
+    s, r = (factor.loc for _, _, factor in bnn.factors())
+    x = torch.randn(3, 4)
+    for k, found in enumerate(bnn.predict(x).outputs[:, 0]):
+        scaled = weight * torch.outer(r[k], s[k])
+        torch.testing.assert_close(found, F.linear(F.linear(x, scaled, bias).relu(), scaled, bias))
+    bnn.unload()
+    assert type(model.first) is nn.Linear
+
+
+def test_layers_inside_a_registered_layer_are_a_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_TABLE", dict(registry._TABLE))
+
+    class LowRank(nn.Module):
+        """W = U V, two layers that make one linear map."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.Linear(4, 2, bias=False)
+            self.up = nn.Linear(2, 4, bias=False)
+            self.bias = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.down(x))
+
+    @rank1(LowRank)
+    class Rank1LowRank(Rank1Layer, LowRank):
+        @classmethod
+        def sizes(cls, layer: LowRank) -> dict[str, tuple[int, int]]:
+            return {"weight": (layer.down.in_features, layer.up.out_features)}
+
+    model = nn.Sequential(nn.Linear(4, 4), LowRank())
+    bnn = bayesify(model, members=2, example_inputs=torch.randn(3, 4))
+    assert bnn.report.converted == {"0": "Linear", "1": "LowRank"}
+    assert set(bnn.report.skipped) == {"1.down", "1.up"}
+    assert all("part of the layer 1" in reason for reason in bnn.report.skipped.values())
+    registry.rank1_class.cache_clear()
+
+
+def test_lazy_layers_are_refused_until_they_have_a_shape() -> None:
+    with pytest.raises(ConversionError, match="run one forward pass first"):
+        bayesify(nn.Sequential(nn.LazyLinear(3)), members=2)
+
+
+# ------------------------------------------------------------------------------------------------ derived inputs
+
+
+@pytest.mark.parametrize("name", ["resnet18", "bert", "gpt2", "t5", "vit_hf", "wav2vec2"])
+@torch.no_grad()
+def test_inputs_derived_from_a_models_description_fit_it(name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    model = case.model()
+    inputs = derive_inputs(model)
+    assert inputs is not None
+    args, kwargs = inputs
+    found = model(*args, **kwargs)
+    logits = found.logits if hasattr(found, "logits") else found
+    assert logits.shape[0] == 2
+    assert torch.isfinite(logits).all()
+
+
+def test_no_inputs_are_derived_for_other_models() -> None:
+    assert derive_inputs(nn.Linear(3, 2)) is None
