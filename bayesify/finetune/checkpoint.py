@@ -81,7 +81,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, processes: int
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Restore model and optimizer; returns the progress and the best state.
 
@@ -97,13 +97,19 @@ def load_checkpoint(
     best = read_tensors(folder / "best.safetensors")
     try:
         state, groups, progress = _parse(folder, content, optimizer)
-        written_by = len(progress["random"])
+        before, states = dict(progress["run"]), len(progress["random"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"{folder}: is damaged or no checkpoint of this program ({error!r}).") from error
-    if written_by != processes:
-        raise FormatError(f"{folder}: was written by {written_by} processes; found {processes}.")
+    for name in run:
+        if before.get(name) != run[name]:
+            raise FormatError(
+                f"{folder}: was written with {name}={before.get(name)!r}; found {run[name]!r}. "
+                "Resume with the options of the interrupted run, or start a new one in another folder."
+            )
+    if states != run["processes"]:
+        raise FormatError(f"{folder}: holds {states} random states; expected {run['processes']}.")
     if best:
         check_trained_state(model, best, str(folder / "best.safetensors"))
     load_trained_state(model, model_state, str(folder / "model.safetensors"))
@@ -137,7 +143,7 @@ def _parse(
         if "betas" in saved:
             saved["betas"] = tuple(saved["betas"])
     progress = content["progress"]
-    missing = {"step", "scheduler", "best_nll", "best_step", "random", "scaler"} - set(progress)
+    missing = {"step", "scheduler", "best_nll", "best_step", "random", "scaler", "run"} - set(progress)
     if missing:
         raise FormatError(f"{folder / 'checkpoint.json'}: the progress has no {sorted(missing)[0]!r}.")
     return state, groups, progress

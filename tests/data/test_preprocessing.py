@@ -105,9 +105,7 @@ def test_hub_image_processor_round_trip(vit_folder, tmp_path):
     assert isinstance(preprocessing, HubImagePreprocessing)
     target = tmp_path / "saved"
     again = restored(preprocessing, target)
-    reference = ViTImageProcessor(size={"height": 24, "width": 24})(picture(), return_tensors="pt")[
-        "pixel_values"
-    ][0]
+    reference = ViTImageProcessor(size={"height": 24, "width": 24})(picture(), return_tensors="pt")["pixel_values"][0]
     assert torch.allclose(again.eval_transform()(picture()), reference, atol=1e-6)
     transform = again.train_transform(color_jitter=0.1)
     first, second = transform(picture()), transform(picture())
@@ -116,9 +114,7 @@ def test_hub_image_processor_round_trip(vit_folder, tmp_path):
 
 
 def test_a_transformers_image_model_without_source():
-    config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32
-    )
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32)
     config.patch_size = 8
     model = ViTForImageClassification(config).eval()
     preprocessing = preprocessing_for(model, "transformers", None, "image")
@@ -128,9 +124,7 @@ def test_a_transformers_image_model_without_source():
 
 def test_texts_pad_to_the_longest_of_the_batch(minilm, tmp_path):
     model = BertForSequenceClassification(
-        BertConfig(
-            hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3
-        )
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3)
     )
     preprocessing = preprocessing_for(model, "transformers", minilm, "text", max_length=8)
     assert isinstance(preprocessing, TextPreprocessing)

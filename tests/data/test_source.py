@@ -93,9 +93,7 @@ def test_integer_labels_are_encoded_over_all_splits(tmp_path):
 
 def test_class_labels_of_another_order_are_translated(tmp_path):
     for name, names, labels in (("train", ["a", "b"], [0, 1]), ("test", ["b", "a", "c"], [0, 1, 2])):
-        features = datasets.Features(
-            {"text": datasets.Value("string"), "intent": datasets.ClassLabel(names=names)}
-        )
+        features = datasets.Features({"text": datasets.Value("string"), "intent": datasets.ClassLabel(names=names)})
         data = datasets.Dataset.from_dict({"text": TEXTS[: len(labels)], "intent": labels}, features=features)
         data.to_parquet(tmp_path / f"{name}.parquet")
     splits = load_data(tmp_path)
@@ -195,12 +193,8 @@ def test_hold_out_is_stratified_and_repeatable(tmp_path):
     assert Counter(held.get("validation")["label"]) == {0: 8, 1: 4}
     both = held.get("train")["text"][:] + held.get("validation")["text"][:]
     assert sorted(both) == sorted(splits.get("train")["text"])
-    assert (
-        held.get("validation")["text"][:] == splits.split_validation(0.2, seed=3).get("validation")["text"][:]
-    )
-    assert (
-        held.get("validation")["text"][:] != splits.split_validation(0.2, seed=4).get("validation")["text"][:]
-    )
+    assert held.get("validation")["text"][:] == splits.split_validation(0.2, seed=3).get("validation")["text"][:]
+    assert held.get("validation")["text"][:] != splits.split_validation(0.2, seed=4).get("validation")["text"][:]
     assert held.split_validation(0.5) is held
     with pytest.raises(ConfigError, match="between 0 and 1"):
         splits.split_validation(1.5)
@@ -210,9 +204,7 @@ def test_hold_out_is_stratified_and_repeatable(tmp_path):
 
 def test_errors_say_what_exists(tmp_path):
     table([0, 1]).to_csv(tmp_path / "train.csv")
-    with pytest.raises(
-        DataError, match=r"text_column='txt'.*columns: .*id, label, text.*Did you mean 'text'"
-    ):
+    with pytest.raises(DataError, match=r"text_column='txt'.*columns: .*id, label, text.*Did you mean 'text'"):
         load_data(tmp_path, text_column="txt")
     with pytest.raises(DataError, match="does not hold images"):
         load_data(tmp_path, image_column="text")

@@ -57,9 +57,7 @@ def everything(case: tuple[Predictive, Tensor], tmp_path: Path) -> tuple[Evaluat
     return evaluation, tmp_path / "report"
 
 
-def test_numbers_are_those_of_the_metrics(
-    case: tuple[Predictive, Tensor], everything: tuple[Evaluation, Path]
-) -> None:
+def test_numbers_are_those_of_the_metrics(case: tuple[Predictive, Tensor], everything: tuple[Evaluation, Path]) -> None:
     evaluation, _ = everything
     baseline = Predictive(3 * case[0].outputs[:1, :1])
     assert evaluation.metrics == {
@@ -117,9 +115,7 @@ def test_table_as_text(everything: tuple[Evaluation, Path], monkeypatch: pytest.
 
 def test_names_with_markup_are_shown_as_they_are(case: tuple[Predictive, Tensor], tmp_path: Path) -> None:
     name = "$net_{[bold]|"
-    evaluation = evaluate(
-        FakeBayesian(case[0].outputs), [(INDEX, case[1])], name=name, output=tmp_path, progress=False
-    )
+    evaluation = evaluate(FakeBayesian(case[0].outputs), [(INDEX, case[1])], name=name, output=tmp_path, progress=False)
     assert name in str(evaluation)
     assert "$net_{[bold]\\|" in (tmp_path / "report.md").read_text()
 

@@ -51,9 +51,7 @@ def test_every_metric_equals_its_loop(case: tuple[Predictive, Tensor]) -> None:
     order = sorted(range(examples), key=lambda b: -confidences[b])
     aurc = np.mean([1 - np.mean([hits[b] for b in order[:n]]) for n in range(1, examples + 1)])
     pairs = list(itertools.combinations(range(members), 2))
-    differ = np.mean(
-        [single[j, b].argmax() != single[k, b].argmax() for j, k in pairs for b in range(examples)]
-    )
+    differ = np.mean([single[j, b].argmax() != single[k, b].argmax() for j, k in pairs for b in range(examples)])
 
     assert classification_metrics(predictive, targets) == pytest.approx(
         {
@@ -170,9 +168,7 @@ def test_auroc_equals_counting_pairs_with_ties_as_half(case: tuple[Predictive, T
 def test_auroc_sees_doubts_far_below_a_nat_beside_large_ones() -> None:
     # torchmetrics puts scores above 1 through a sigmoid, which would make 1e-25 and 1e-20 nats equal.
     margins = {"sure": [60.0, 60.0], "less": [50.0, 50.0, 0.0]}
-    sure, less = (
-        Predictive(torch.tensor([[m, 0, 0, 0] for m in margins[key]])[None, None]) for key in margins
-    )
+    sure, less = (Predictive(torch.tensor([[m, 0, 0, 0] for m in margins[key]])[None, None]) for key in margins)
     assert 0 < sure.entropy.max() < less.entropy.min() < 1e-18
     assert less.entropy.max() > 1
     assert ood_metrics(sure, less)["auroc_entropy"] == 1.0

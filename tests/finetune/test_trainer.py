@@ -329,7 +329,7 @@ def test_log_and_checkpoint_hold_what_they_should(tmp_path: Path) -> None:
         assert b"pickle" not in path.read_bytes()
     content = json.loads((tmp_path / "checkpoint" / "checkpoint.json").read_text())
     assert content["progress"]["step"] == 12
-    assert content["progress"]["config"]["log_every"] == 2
+    assert content["progress"]["run"]["examples"] == N
 
 
 def test_frozen_weights_are_not_in_the_checkpoint(tmp_path: Path) -> None:
@@ -383,7 +383,8 @@ def _reshaped(name: str, key: str) -> Any:
 
 def _two_processes(folder: Path) -> None:
     progress = json.loads((folder / "checkpoint.json").read_text())["progress"]
-    _content(progress={**progress, "random": progress["random"] * 2})(folder)
+    run = {**progress["run"], "processes": 2}
+    _content(progress={**progress, "random": progress["random"] * 2, "run": run})(folder)
 
 
 SPOILED: dict[str, tuple[Any, str]] = {
@@ -404,7 +405,7 @@ SPOILED: dict[str, tuple[Any, str]] = {
     "other-optimizer": (_foreign("optimizer.safetensors"), "damaged|optimizer.safetensors"),
     "reshaped-model": (_reshaped("model.safetensors", "model.head.weight"), r"has shape \(3, 3\); expected \(3, 8\)"),
     "reshaped-optimizer": (_reshaped("optimizer.safetensors", "0.exp_avg"), r"has shape \(3, 3\)"),
-    "other-processes": (_two_processes, "was written by 2 processes; found 1"),
+    "other-processes": (_two_processes, "written with processes=2; found 1"),
 }  # fmt: skip
 
 
@@ -569,3 +570,20 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     losses = [row["loss"] - row["nll"] for row in one if "loss" in row]
     assert losses[0] == pytest.approx(one[0]["kl"] / 16, rel=1e-5), "the KL counts once"
     assert one[0]["kl"] > 100
+
+
+def test_resuming_with_other_options_is_refused(tmp_path: Path) -> None:
+    tune(network(), tmp_path, epochs=1, batch_size=8)
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FormatError, match="learning_rate=0.0003; found 0.01"):
+        tune(model, tmp_path, resume=True, epochs=1, batch_size=8, learning_rate=0.01)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_fit_leaves_requires_grad_as_it_was() -> None:
+    model = network()
+    model.model.norm.weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    tune(model, epochs=1, batch_size=8, train="factors")
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before

@@ -124,9 +124,7 @@ def test_a_sentence_encoder_becomes_a_classifier():
     folder = os.path.join(os.path.dirname(package.__file__), "model")
     base = load_base(folder, label_names=NAMES)
     stored = load_file(os.path.join(folder, "model.safetensors"))
-    assert torch.equal(
-        base.model.bert.embeddings.word_embeddings.weight, stored["embeddings.word_embeddings.weight"]
-    )
+    assert torch.equal(base.model.bert.embeddings.word_embeddings.weight, stored["embeddings.word_embeddings.weight"])
     assert base.new_parameters == ["classifier.weight", "classifier.bias"]
 
 
@@ -180,9 +178,7 @@ def test_options_are_checked():
 
 
 def test_transformers_model_args_are_checked(bert_folder):
-    with pytest.raises(
-        ConfigError, match=r"'hidden_sice' is no field of BertConfig\. Did you mean 'hidden_size'"
-    ):
+    with pytest.raises(ConfigError, match=r"'hidden_sice' is no field of BertConfig\. Did you mean 'hidden_size'"):
         load_base(bert_folder[1], model_args={"hidden_sice": 3})
     with pytest.raises(ConfigError, match="is a folder"):
         load_base(bert_folder[1], revision="main")
