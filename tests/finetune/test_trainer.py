@@ -576,7 +576,7 @@ def test_resuming_with_other_options_is_refused(tmp_path: Path) -> None:
     tune(network(), tmp_path, epochs=1, batch_size=8)
     model = network()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(FormatError, match="learning_rate=0.0003; found 0.01"):
+    with pytest.raises(FormatError, match=r"learning_rate=0\.0003; found 0\.01"):
         tune(model, tmp_path, resume=True, epochs=1, batch_size=8, learning_rate=0.01)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
