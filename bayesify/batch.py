@@ -181,13 +181,28 @@ def expand_rows(value: Tensor, members: int) -> Tensor:
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
     """A batch as (positional inputs, keyword inputs, labels).
 
-    A mapping holds keyword inputs and "labels"; a tuple of two or more ends with the labels; anything else is one
-    unlabeled input.
+    A mapping holds keyword inputs and "labels"; a tuple of two or more ends with the labels (or `None`); a tensor
+    is one unlabeled input.
     """
     if isinstance(batch, Mapping):
-        kwargs = dict(batch)
-        labels = kwargs.pop("labels", None)
-        return (), kwargs, labels
-    if isinstance(batch, (tuple, list)):
-        return (tuple(batch[:-1]), {}, batch[-1]) if len(batch) > 1 else (tuple(batch), {}, None)
-    return (batch,), {}, None
+        kwargs = {str(key): value for key, value in batch.items()}
+        target = kwargs.pop("labels", None)
+        args: tuple[Any, ...] = ()
+    elif isinstance(batch, (tuple, list)) and len(batch) > 0:
+        args, target = (tuple(batch[:-1]), batch[-1]) if len(batch) > 1 else (tuple(batch), None)
+        kwargs = {}
+    elif isinstance(batch, Tensor):
+        args, kwargs, target = (batch,), {}, None
+    else:
+        raise DataError(
+            "a batch must be a mapping of inputs, a tuple (inputs ..., labels) or a tensor; "
+            f"found {type(batch).__name__}."
+        )
+    if not args and not kwargs:
+        raise DataError("a batch holds no inputs, only labels.")
+    if target is not None and not isinstance(target, Tensor):
+        raise DataError(
+            f"labels must be a tensor; found {type(target).__name__}. "
+            "The last entry of a tuple is read as the labels: end it with None if there are none."
+        )
+    return args, kwargs, target

@@ -18,6 +18,7 @@ from bayesify.distributions import CLIP, Factor, kl_divergence
 from bayesify.errors import BayesifyError, ConversionError, DataError
 from bayesify.graph import ConversionReport, restore, site_name
 from bayesify.layers import Rank1Layer, Site, detach, is_exact, original_class
+from bayesify.modes import evaluating
 from bayesify.predictive import Predictive, Task
 
 if TYPE_CHECKING:
@@ -157,24 +158,13 @@ class BayesianModel(nn.Module):
         chunk = min(member_chunk or self.members, self.members)
         if samples is not None and seed is None:
             seed = int(torch.randint(2**62, ()))
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            with torch.no_grad():
-                draws = [
-                    torch.cat(
-                        [
-                            self._outputs(
-                                rows, args, kwargs, batch, slice(start, min(start + chunk, self.members)), key
-                            )
-                            for start in range(0, self.members, chunk)
-                        ]
-                    )
-                    for key in ([None] if samples is None else [(seed, sample) for sample in range(samples)])
-                ]
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        chunks = [slice(start, min(start + chunk, self.members)) for start in range(0, self.members, chunk)]
+        keys = [None] if samples is None else [(seed, sample) for sample in range(samples)]
+        with evaluating(self), torch.no_grad():
+            draws = [
+                torch.cat([self._outputs(rows, args, kwargs, batch, members, key) for members in chunks])
+                for key in keys
+            ]
         outputs = torch.stack(draws, 1)
         if outputs.dim() == 3:
             outputs = outputs.unsqueeze(-1)

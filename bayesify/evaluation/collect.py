@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +17,9 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
+from bayesify.batch import split_batch
 from bayesify.errors import DataError
+from bayesify.modes import evaluating
 from bayesify.predictive import Predictive, Task, check_labels
 
 
@@ -57,9 +58,9 @@ def collect(
     where = torch.device(device) if device is not None else _device(model)
     predictions: list[Predictive] = []
     labels: list[Tensor | None] = []
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for index, batch in enumerate(_tracked(batches, description, progress)):
-            args, kwargs, target = _split(batch)
+            args, kwargs, target = split_batch(batch)
             if not labeled:
                 target = None
             args, kwargs = _to(args, where), _to(kwargs, where)
@@ -84,32 +85,6 @@ def collect(
     if len(predictive) == 0:
         raise DataError("there is no example in the data: every batch is empty.")
     return predictive, torch.cat(known) if known else None
-
-
-def _split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
-    """(positional inputs, keyword inputs, labels) of a batch."""
-    if isinstance(batch, Mapping):
-        kwargs = {str(key): value for key, value in batch.items()}
-        target = kwargs.pop("labels", None)
-        args: tuple[Any, ...] = ()
-    elif isinstance(batch, (tuple, list)) and len(batch) > 0:
-        args, target = (tuple(batch[:-1]), batch[-1]) if len(batch) > 1 else (tuple(batch), None)
-        kwargs = {}
-    elif isinstance(batch, Tensor):
-        args, kwargs, target = (batch,), {}, None
-    else:
-        raise DataError(
-            "a batch must be a mapping of inputs, a tuple (inputs ..., labels) or a tensor; "
-            f"found {type(batch).__name__}."
-        )
-    if not args and not kwargs:
-        raise DataError("a batch holds no inputs, only labels.")
-    if target is not None and not isinstance(target, Tensor):
-        raise DataError(
-            f"labels must be a tensor; found {type(target).__name__}. "
-            "The last entry of a tuple is read as the labels: end it with None if there are none."
-        )
-    return args, kwargs, target
 
 
 def _plain(output: Any, task: Task) -> Predictive:
@@ -151,19 +126,6 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)([_to(entry, device) for entry in value])
     return value
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Eval mode inside; afterwards each submodule has its own mode back, as some may be frozen in eval."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
-    try:
-        if modes:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _tracked(batches: Iterable[Any], description: str, progress: bool) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from bayesify.errors import ConversionError
 from bayesify.graph.inputs import Inputs
 from bayesify.graph.rewrite import restore, swap
 from bayesify.graph.sites import Plan, site_name
+from bayesify.modes import evaluating
 
 _TOLERANCE = 1e-4
 """Relative, for float32; 16-bit networks get 100 times as much."""
@@ -30,7 +31,7 @@ def audit(model: nn.Module, inputs: Inputs, plan: Plan, config: Rank1Config) -> 
     rows = Rows(model)
     batch = rows.batch_size(*inputs)
     args, kwargs = rows.expand(*inputs, 2)
-    with _Evaluating(model):
+    with evaluating(model):
         try:
             with torch.no_grad():
                 reference = _real(model(*inputs[0], **inputs[1]), rows)
@@ -133,18 +134,3 @@ def _real(output: Any, rows: Rows) -> list[Tensor]:
 
     map_tensors(output, note)
     return found
-
-
-class _Evaluating:
-    """Evaluation mode for a while, with every module's own mode restored after."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, mode in self.modes.items():
-            module.training = mode

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from bayesify.graph.capture import linear_uses
 from bayesify.graph.inputs import Inputs
+from bayesify.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,14 @@ class ExportedUse:
 def export_uses(model: nn.Module, inputs: Inputs) -> list[ExportedUse] | None:
     """Every linear operation of the model on the given inputs, or `None` where it cannot be exported."""
     args, kwargs = inputs
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with evaluating(model), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             kwargs = {**kwargs, **_no_cache(model)}
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception:
         # Whatever stops export, the plain swap remains right; the caller notes that it was not planned.
         return None
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     parameters = program.graph_signature.inputs_to_parameters
     user_inputs = set(program.graph_signature.user_inputs)
     uses, _ = linear_uses(
