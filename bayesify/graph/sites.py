@@ -20,6 +20,11 @@ from bayesify.layers import is_exact, is_linear, rank1_class
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Layers of torch.nn whose fused code reads their children's weights without calling them."""
 
+_NOT_LINEAR: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+    ((nn.Embedding, nn.EmbeddingBag), "an embedding looks rows up; it is no linear map of an activation"),
+    ((nn.Bilinear,), "a bilinear map of two inputs has no rank-1 equivalent here"),
+)
+
 
 @dataclass
 class Plan:
@@ -89,29 +94,30 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
 
 def _collect_layers(model: nn.Module, plan: Plan) -> None:
     """Every layer with a rank-1 equivalent; what lies inside one is a part of it."""
-    inside: list[tuple[str, str]] = []
+    converted: list[str] = []
     for name, module in model.named_modules():
         if any(is_lazy(p) for p in module.parameters(recurse=False)):
             raise ConversionError(
                 f"{name or 'the model'} has parameters without a shape yet; run one forward pass first."
             )
-        outer = next((prefix for prefix, _ in inside if name.startswith(prefix)), None)
+        outer = next((layer for layer in converted if name.startswith(_join(layer, ""))), None)
         if rank1_class(type(module)) is not None:
             if outer is not None:
-                plan.skipped[name] = f"part of the layer {outer.rstrip('.')}"
+                plan.skipped[name] = f"part of the layer {outer or type(model).__name__}"
                 continue
             plan.layers[name] = module
-            inside.append((f"{name}." if name else "", name))
-        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            plan.skipped[name] = "an embedding looks rows up; it is no linear map of an activation"
+            converted.append(name)
+            continue
+        reason = next((text for kinds, text in _NOT_LINEAR if isinstance(module, kinds)), None)
+        if reason is not None:
+            plan.skipped[name] = reason
     for name, module in model.named_modules():
         if isinstance(module, _READS_WEIGHTS):
             kind = type(module).__name__
             reason = f"nn.{kind} reads this weight in fused code without calling the layer"
-            for child, layer in list(plan.layers.items()):
-                if child.startswith(f"{name}." if name else ""):
+            for child in list(plan.layers):
+                if child.startswith(_join(name, "")):
                     plan.skip(child, reason)
-                    del layer
             for own, parameter in module.named_parameters(prefix=name, recurse=False):
                 if parameter.dim() > 1:
                     plan.skipped[own] = f"used through a functional call in nn.{kind}"
@@ -266,7 +272,7 @@ def _parameter_of(prefix: str, parameters: set[str]) -> Callable[[fx.Node], str 
 
 
 def _layer_of(plan: Plan, parameter: str) -> str | None:
-    return next((n for n in plan.layers if parameter.startswith(f"{n}." if n else "")), None)
+    return next((n for n in plan.layers if parameter.startswith(_join(n, ""))), None)
 
 
 def _join(prefix: str, name: str) -> str:

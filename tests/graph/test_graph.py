@@ -476,3 +476,19 @@ def test_inputs_derived_from_a_models_description_fit_it(name: str) -> None:
 
 def test_no_inputs_are_derived_for_other_models() -> None:
     assert derive_inputs(nn.Linear(3, 2)) is None
+
+
+def test_bilinear_is_listed_and_left_alone() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(3, 4)
+            self.pair = nn.Bilinear(4, 4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x)
+            return self.pair(y, y)
+
+    report = bayesify(Pair(), members=2).report
+    assert list(report.converted) == ["body"]
+    assert "bilinear" in report.skipped["pair"]
