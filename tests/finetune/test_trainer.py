@@ -551,13 +551,14 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port), str(script),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # `accelerate launch --cpu` starts several processes under MPI only; torchrun always does.
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command.append(str(script))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    checkpoint = json.loads((together / "normal" / "checkpoint" / "checkpoint.json").read_text())
+    assert checkpoint["progress"]["run"]["processes"] == 2
     for posterior in ("deterministic", "normal"):
         one, two = (json.loads((folder / f"{posterior}.json").read_text()) for folder in (alone, together))
         assert [row["step"] for row in one] == [row["step"] for row in two]
