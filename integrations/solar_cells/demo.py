@@ -36,10 +36,11 @@ def write_data(folder: Path, seed: int = 0) -> None:
 
     Experts gave each cell a probability of defect of 0, 1/3, 2/3 or 1; above one half counts as defective.
     """
-    from datasets import ClassLabel, Dataset, Features, Value
+    from datasets import ClassLabel, Dataset, Features, Value, disable_progress_bars
     from datasets import Image as ImageFeature
     from elpv_dataset.utils import load_dataset
 
+    disable_progress_bars()
     images, probability, _ = load_dataset()
     labels = (probability > 0.5).astype(int)
     order = np.random.default_rng(seed).permutation(len(labels))
