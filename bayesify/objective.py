@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -94,7 +93,7 @@ class ELBO:
             )
         if resolve_task(logits, self.model.task) == "regression":
             target = targets if partitioned else expand_rows(targets, members)
-            return F.mse_loss(logits, target.view_as(logits).float()) / 2 + 0.5 * math.log(2 * math.pi)
+            return unit_normal_nll(F.mse_loss(logits, target.view_as(logits).float()))
         check_labels(targets, logits.shape[-1])
         if self.likelihood == "average" or members == 1:
             target = targets if partitioned else expand_rows(targets, members)
@@ -105,6 +104,6 @@ class ELBO:
         return F.nll_loss(log_probs.flatten(0, -2), targets.flatten())
 
 
-def is_finite(terms: ELBOTerms) -> bool:
-    """Whether the loss can be trained on."""
-    return bool(torch.isfinite(terms.loss))
+def unit_normal_nll(squared_error: Tensor) -> Tensor:
+    """−log N(y; ŷ, 1) in nats, for a mean squared error: the likelihood of regression."""
+    return squared_error / 2 + 0.5 * math.log(2 * math.pi)

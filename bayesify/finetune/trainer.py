@@ -33,7 +33,7 @@ from bayesify.finetune.config import FineTuneConfig
 from bayesify.finetune.groups import make_optimizer, select_trained
 from bayesify.finetune.log import TrainingLog
 from bayesify.model import BayesianModel
-from bayesify.objective import ELBO, ELBOTerms
+from bayesify.objective import ELBO, ELBOTerms, unit_normal_nll
 from bayesify.predictive import Predictive, check_labels
 
 Collate = Callable[[list[Any]], Any]
@@ -189,7 +189,7 @@ class FineTuner:
             args, kwargs, labels = split_batch(send_to_device(next(batches), accelerator.device))
             if labels is None:
                 raise DataError("a training batch has no labels; expected (inputs, labels) or a mapping with 'labels'.")
-            own_loss = labels.dim() > 1 and bool(kwargs)
+            own_loss = _has_own_loss(kwargs, labels)
             last = number == config.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(model):
                 output = model(*args, **kwargs, labels=labels) if own_loss else model(*args, **kwargs)
@@ -232,21 +232,29 @@ class FineTuner:
             num_workers=config.workers,
             generator=torch.Generator().manual_seed(config.seed),
         )
-        totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        # Sums of NLL and right answers, and the counts they are divided by.
+        totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
         for number, batch in enumerate(loader):
             args, kwargs, labels = split_batch(send_to_device(batch, accelerator.device))
             if labels is None:
                 raise DataError("a validation batch has no labels.")
             with accelerator.autocast():
-                predictive = self._predict(args, kwargs, seed=config.seed + number)
-            if predictive.task == "regression":
-                error = (predictive.mean - labels.view_as(predictive.mean)).square().mean()
-                totals += torch.tensor([error * len(predictive), 0.0, len(predictive)], device=totals.device)
-            else:
-                right = (predictive.probs.argmax(-1) == labels).sum()
-                totals += torch.stack([-predictive.log_prob(labels).sum(), right, right.new_tensor(labels.numel())])
-        nll, right, count = accelerator.reduce(totals, "sum").tolist()  # type: ignore[union-attr]
-        return {"validation_nll": nll / count, "validation_accuracy": right / count}
+                totals += torch.tensor(self._scores(args, kwargs, labels, config.seed + number), device=totals.device)
+        nll, count, right, answers = accelerator.reduce(totals, "sum").tolist()  # type: ignore[union-attr]
+        return {"validation_nll": nll / count, **({"validation_accuracy": right / answers} if answers else {})}
+
+    def _scores(self, args: Any, kwargs: Any, labels: Tensor, seed: int) -> list[float]:
+        """NLL summed over a batch, its count, right answers, and theirs (0 where there are no classes)."""
+        if _has_own_loss(kwargs, labels):
+            self.model.eval()
+            loss = self.model(*args, **kwargs, labels=labels).loss
+            return [float(loss) * len(labels), len(labels), 0.0, 0.0]
+        predictive = self._predict(args, kwargs, seed)
+        if predictive.task == "regression":
+            error = (predictive.mean - labels.view_as(predictive.mean)).square().mean()
+            return [float(unit_normal_nll(error)) * len(labels), len(labels), 0.0, 0.0]
+        right = (predictive.probs.argmax(-1) == labels).sum()
+        return [float(-predictive.log_prob(labels).sum()), labels.numel(), float(right), labels.numel()]
 
     def _predict(self, args: Any, kwargs: Any, seed: int) -> Predictive:
         if isinstance(self.model, BayesianModel):
@@ -292,6 +300,11 @@ class FineTuner:
         if self.accelerator.scaler is not None and progress["scaler"]:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         return progress, best
+
+
+def _has_own_loss(kwargs: dict[str, Any], labels: Tensor) -> bool:
+    """Labels for each token are shifted and masked by a transformers model itself, so its loss is taken."""
+    return labels.dim() > 1 and bool(kwargs)
 
 
 def _accelerator(config: FineTuneConfig, output: Path | None) -> Accelerator:

@@ -588,3 +588,26 @@ def test_fit_leaves_requires_grad_as_it_was() -> None:
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     tune(model, epochs=1, batch_size=8, train="factors")
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+def test_language_models_are_validated_by_their_own_loss() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    small = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=8, bos_token_id=1, eos_token_id=2)
+    bnn = bayesify(GPT2LMHeadModel(small), members=2)
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 20, (6, 5))]
+    tuner = FineTuner(bnn, rows, rows, FineTuneConfig(batch_size=2), progress=False)  # type: ignore[arg-type]
+    scores = tuner.validate()
+    log_probs = bnn.predict(torch.stack([row["input_ids"] for row in rows])).member_log_probs[:, 0, :, :-1]
+    targets = torch.stack([row["labels"] for row in rows])[None, :, 1:, None].expand(2, -1, -1, -1)
+    assert scores == {"validation_nll": pytest.approx(-log_probs.gather(-1, targets).mean().item(), rel=1e-5)}
+
+
+def test_regression_is_validated_by_the_nll_it_trains_on() -> None:
+    bnn = network()
+    bnn.task = "regression"
+    x, y = torch.randn(8, D), torch.randn(8, C)
+    tuner = FineTuner(bnn, TensorDataset(x, y), TensorDataset(x, y), FineTuneConfig(batch_size=4), progress=False)
+    expected = 0.5 * (bnn.predict(x).mean - y).square().mean() + 0.5 * math.log(2 * math.pi)
+    assert tuner.validate() == {"validation_nll": pytest.approx(expected.item(), rel=1e-5)}
