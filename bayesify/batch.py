@@ -166,13 +166,6 @@ def _reduce(output: Any, members: int, batch: int, task: Task | None, named_logi
     return map_tensors(output, lambda t: tensor(t, not named_logits))
 
 
-def member_view(value: Tensor, members: int) -> Tensor:
-    """[K·B, ...] -> [K, B, ...]."""
-    if value.shape[0] % members:
-        raise DataError(f"expected rows in multiples of {members} members; found {tuple(value.shape)}.")
-    return value.unflatten(0, (members, -1))
-
-
 def expand_rows(value: Tensor, members: int) -> Tensor:
     """[B, ...] -> [K·B, ...], member-major."""
     return value if members == 1 else torch.cat([value] * members)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -57,3 +59,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise FormatError(f"{path}: not found.") from error
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path}: truncated or not a safetensors file ({error}).") from error
+
+
+def read_json(path: Path, missing: str) -> dict[str, Any]:
+    """The JSON object in a file of ours, or a `FormatError` naming it; `missing` says what its absence means."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FormatError(f"{path}: not found; {missing}.") from error
+    except (ValueError, OSError) as error:
+        raise FormatError(f"{path}: truncated or not JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path}: expected a JSON object; found {type(content).__name__}.")
+    return content

@@ -124,9 +124,9 @@ class BayesianModel(nn.Module):
             with self._drawn(slice(None), examples, seed=None):
                 return rows.reduce(self.model(*args, **kwargs), self.members, batch, self.task)
         # The draws stay in place after a training forward: gradient checkpointing runs layers again in backward.
-        self._hold(slice(None), examples, seed=_peek_seed())
+        random_draws = self._hold(slice(None), examples, seed=_peek_seed())
         output = self.model(*args, **kwargs)
-        if self.is_random:
+        if random_draws:
             torch.randint(2, ())  # move the stream on, so that the next forward draws anew
         return output
 
@@ -180,11 +180,6 @@ class BayesianModel(nn.Module):
 
     # -------------------------------------------------------------------------------------------- draws
 
-    @property
-    def is_random(self) -> bool:
-        """Whether any factor has a spread."""
-        return any(factor.random for _, _, factor in self.factors())
-
     @contextmanager
     def _drawn(self, members: slice, examples: int, seed: Any) -> Iterator[None]:
         self._hold(members, examples, seed)
@@ -194,8 +189,10 @@ class BayesianModel(nn.Module):
             for _, _, factor in self.factors():
                 factor.hold(None)
 
-    def _hold(self, members: slice, examples: int, seed: Any) -> None:
+    def _hold(self, members: slice, examples: int, seed: Any) -> bool:
         """Give every factor its draw: [k·B, d] rows for noise per example, [k, d] per member or at the mean.
+
+        Returns whether the draws are random.
 
         `seed` is anything with a repr; `None` means posterior means. Each member has a generator of its own, so
         its draws do not depend on which other members are computed beside it.
@@ -207,7 +204,7 @@ class BayesianModel(nn.Module):
         if seed is None or not any(factor.random for factor in factors):
             for factor in factors:
                 factor.hold(factor.mean[members].clamp(-CLIP, CLIP))
-            return
+            return False
         each = examples if self.config.noise == "example" else 1
         device = factors[0].loc.device
         noise: list[list[Tensor]] = [[] for _ in factors]
@@ -217,6 +214,7 @@ class BayesianModel(nn.Module):
                 parts.append(factor.noise(each, generator))
         for parts, factor in zip(noise, factors, strict=True):
             factor.hold(factor.transform(torch.stack(parts), members).flatten(0, 1))
+        return True
 
     # -------------------------------------------------------------------------------------------- objective
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayesify.batch import Rows, expand_rows, member_view, resolve_task
+from bayesify.batch import Rows, expand_rows, mean_log_probs, resolve_task
 from bayesify.errors import ConfigError, DataError
 from bayesify.model import BayesianModel
 from bayesify.predictive import check_labels
@@ -100,8 +100,7 @@ class ELBO:
             return F.cross_entropy(logits.flatten(0, -2), target.flatten())
         if partitioned:
             raise ConfigError("likelihood='mixture' needs every member to see every example; use expand='replicate'.")
-        log_probs = member_view(logits, members).log_softmax(-1).logsumexp(0) - math.log(members)
-        return F.nll_loss(log_probs.flatten(0, -2), targets.flatten())
+        return F.nll_loss(mean_log_probs(logits, members).flatten(0, -2), targets.flatten())
 
 
 def unit_normal_nll(squared_error: Tensor) -> Tensor:

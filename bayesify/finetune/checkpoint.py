@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bayesify.errors import FormatError
-from bayesify.files import read_tensors
+from bayesify.files import read_json, read_tensors
 
 FORMAT = 1
 
@@ -90,7 +90,7 @@ def load_checkpoint(
     """
     if not folder.exists() and folder.with_name(f".{folder.name}.old").exists():
         folder = folder.with_name(f".{folder.name}.old")  # interrupted between the two moves of a save
-    content = _read_json(folder / "checkpoint.json")
+    content = read_json(folder / "checkpoint.json", missing="there is no checkpoint to resume from")
     if content.get("format") != FORMAT:
         raise FormatError(f"{folder / 'checkpoint.json'}: format {content.get('format')!r}; expected {FORMAT}.")
     model_state = read_tensors(folder / "model.safetensors")
@@ -174,15 +174,3 @@ def set_random_state(state: dict[str, Any]) -> None:
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     # Tied parameters share memory, which safetensors refuses: each name gets its own copy.
     save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise FormatError(f"{path}: not found; there is no checkpoint to resume from.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path}: truncated or not JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path}: expected a JSON object; found {type(content).__name__}.")
-    return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from bayesify.config import Rank1Config
 from bayesify.errors import BayesifyError, ConversionError, FormatError
-from bayesify.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors
+from bayesify.files import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors
 from bayesify.hub.base import load_base
 from bayesify.hub.origin import Origin, build, located
 from bayesify.hub.save import FORMAT_VERSION
@@ -71,14 +70,7 @@ def from_pretrained(
 
 def read_config(path: Path) -> dict[str, Any]:
     """The checked content of `bayesify_config.json`, with `base_model` and `rank1` as objects."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FormatError(f"{path}: not found; expected a folder written by save_pretrained.") from error
-    except (ValueError, OSError) as error:
-        raise FormatError(f"{path}: truncated or not JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path}: expected a JSON object; found {type(content).__name__}.")
+    content = read_json(path, missing="expected a folder written by save_pretrained")
     version = content.get("format_version")
     if not isinstance(version, int):
         raise FormatError(f"{path}: field format_version is missing; this is no bayesify config.")
