@@ -10,17 +10,41 @@ from typing import Any, Literal, get_args
 
 from bayesify.errors import ConfigError, FormatError
 
-PosteriorName = Literal["deterministic", "normal"]
-PriorName = Literal["normal"]
-InitName = Literal["ones", "normal"]
+PosteriorName = Literal[
+    "deterministic",
+    "normal",
+    "normal-shared-std",
+    "normal-fixed-std",
+    "log-normal",
+    "cauchy",
+    "half-cauchy",
+    "mixture-of-deltas",
+]
+PriorName = Literal[
+    "normal",
+    "cauchy",
+    "half-cauchy",
+    "log-normal",
+    "log-uniform",
+    "uniform",
+    "empirical-bayes",
+    "tied-mean",
+    "trainable-std",
+]
+InitName = Literal["ones", "normal", "random-sign"]
+PerturbationName = Literal["multiplicative", "additive"]
 FactorsName = Literal["both", "inputs", "outputs"]
 NoiseName = Literal["example", "member"]
 ReductionName = Literal["mean", "sum"]
+
+POSITIVE = ("log-normal", "half-cauchy")
+"""Posteriors whose draws are positive."""
 
 _CHOICES = {
     "posterior": get_args(PosteriorName),
     "prior": get_args(PriorName),
     "init": get_args(InitName),
+    "perturbation": get_args(PerturbationName),
     "factors": get_args(FactorsName),
     "noise": get_args(NoiseName),
     "kl_reduction": get_args(ReductionName),
@@ -35,15 +59,25 @@ class Rank1Config:
         members: K, the number of mixture components.
         posterior: family of every factor; "deterministic" gives BatchEnsemble.
         prior: family of the prior of every factor.
-        prior_loc: location of the prior; 1 leaves the pretrained weight as it is.
-        prior_scale: spread of the prior.
-        init: where the posterior's locations start: exactly 1 ("ones") or drawn from N(1, init_scale²) ("normal").
+        prior_loc: location of the prior. By default the value at which a factor changes nothing: 1, or 0 where factors
+            are added and in the log space of a log-normal prior; 0 for a half-Cauchy prior, whose support starts there.
+        prior_scale: spread of the prior; with prior="trainable-std", where it starts.
+        init: where the posterior's locations start: at 1 ("ones"), drawn from N(1, init_scale²) ("normal"), or +1
+            with probability sign_probability and −1 otherwise ("random-sign", as published: for training from scratch;
+            it destroys pretrained features). Added factors start around 0; positive ones at exp(N(0, init_scale²)).
         init_scale: standard deviation of that draw.
+        sign_probability: probability of +1 with init="random-sign".
         posterior_scale: spread of the posterior at the start.
         dropout_rate: the same spread given as the rate p of the equivalent Gaussian dropout,
             sqrt(p / (1 − p)). With neither given, p = 0.001 (spread 0.0316), as published.
+        spread_jitter: standard deviation, cut at twice its size, of normal noise on the spread's parameter at the start
+            (posteriors normal and log-normal); 0.1 was published.
+        perturbation: weights are multiplied by r sᵀ, y = r ∘ (W (s ∘ x)) + b ("multiplicative"), or vectors are added,
+            y = W (x + s) + r + b ("additive").
         factors: "both" scales a site's inputs (s) and outputs (r), otherwise only the one named.
         noise: one draw for each (member, example) row ("example", as published) or one for each member.
+        member_bias: give every member a bias of its own at each site that has one.
+        member_batch_norm: give every member scale, shift and running statistics of its own in each batch norm.
         kl_reduction: "mean" over members bounds the KL of the mixture by convexity; "sum" is what the released
             code of the paper did.
         include: patterns of site names to convert; empty means all. A pattern is a full dotted name, which
@@ -56,14 +90,19 @@ class Rank1Config:
     members: int = 4
     posterior: PosteriorName = "normal"
     prior: PriorName = "normal"
-    prior_loc: float = 1.0
+    prior_loc: float | None = None
     prior_scale: float = 0.1
     init: InitName = "normal"
     init_scale: float = 0.1
+    sign_probability: float = 0.5
     posterior_scale: float | None = None
     dropout_rate: float | None = None
+    spread_jitter: float = 0.0
+    perturbation: PerturbationName = "multiplicative"
     factors: FactorsName = "both"
     noise: NoiseName = "example"
+    member_bias: bool = False
+    member_batch_norm: bool = False
     kl_reduction: ReductionName = "mean"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -81,25 +120,52 @@ class Rank1Config:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is unknown; expected one of {', '.join(map(repr, choices))}."
                 )
+        for name in ("member_bias", "member_batch_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False; found {getattr(self, name)!r}.")
         if isinstance(self.members, bool) or not isinstance(self.members, int) or self.members < 1:
             raise ConfigError(f"members must be a positive integer; found {self.members!r}.")
         if self.posterior_scale is not None and self.dropout_rate is not None:
             raise ConfigError("give posterior_scale or dropout_rate, not both: each sets the initial spread.")
-        for name, low, high in (
-            ("prior_scale", 0.0, math.inf),
-            ("init_scale", -1e-300, math.inf),
-            ("posterior_scale", -1e-300, math.inf),
-            ("dropout_rate", -1e-300, 1.0),
-            ("prior_loc", -math.inf, math.inf),
+        for name, allowed, holds in (
+            ("prior_scale", "positive", lambda v: 0.0 < v < math.inf),
+            ("init_scale", "finite and not negative", lambda v: 0.0 <= v < math.inf),
+            ("sign_probability", "in [0, 1]", lambda v: 0.0 <= v <= 1.0),
+            ("posterior_scale", "finite and not negative", lambda v: 0.0 <= v < math.inf),
+            ("dropout_rate", "in [0, 1)", lambda v: 0.0 <= v < 1.0),
+            ("spread_jitter", "finite and not negative", lambda v: 0.0 <= v < math.inf),
+            ("prior_loc", "finite", math.isfinite),
         ):
             value = getattr(self, name)
-            if value is None:
+            if value is None and name in ("posterior_scale", "dropout_rate", "prior_loc"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
-                allowed = "positive" if low == 0.0 else "in [0, 1)" if high == 1.0 else "finite and not negative"
-                if name == "prior_loc":
-                    allowed = "finite"
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
                 raise ConfigError(f"{name} must be {allowed}; found {value!r}.")
+        self._check_meaning()
+
+    def _check_meaning(self) -> None:
+        """Refuse combinations of families that have no meaning."""
+        from bayesify.distributions import check_pair
+
+        if self.posterior in POSITIVE and self.init == "random-sign":
+            raise ConfigError(f"init='random-sign' starts at −1, which a {self.posterior} posterior cannot reach.")
+        if self.posterior in POSITIVE and self.perturbation == "additive":
+            raise ConfigError(
+                f"perturbation='additive' needs factors around 0; those of a {self.posterior} posterior are positive."
+            )
+        check_pair(self.posterior, self.prior, self.prior_location)
+
+    @property
+    def neutral(self) -> float:
+        """The value at which a factor changes nothing."""
+        return 1.0 if self.perturbation == "multiplicative" else 0.0
+
+    @property
+    def prior_location(self) -> float:
+        """`prior_loc`, or its default for this family."""
+        if self.prior_loc is not None:
+            return self.prior_loc
+        return 0.0 if self.prior in POSITIVE else self.neutral
 
     @property
     def spread(self) -> float:

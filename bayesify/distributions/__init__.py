@@ -1,9 +1,16 @@
 """Posteriors, priors and the KL table of the rank-1 factors."""
 
-import torch
+from __future__ import annotations
 
-from bayesify.config import Rank1Config
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bayesify.distributions.kl import check_pair as check_pair
 from bayesify.distributions.kl import kl_divergence as kl_divergence
+from bayesify.distributions.kl import kl_table as kl_table
+from bayesify.distributions.kl import kl_variance as kl_variance
 from bayesify.distributions.kl import register_kl as register_kl
 from bayesify.distributions.posteriors import CLIP as CLIP
 from bayesify.distributions.posteriors import POSTERIORS as POSTERIORS
@@ -14,13 +21,25 @@ from bayesify.distributions.priors import PRIORS as PRIORS
 from bayesify.distributions.priors import NormalPrior as NormalPrior
 from bayesify.distributions.priors import Prior as Prior
 
+if TYPE_CHECKING:
+    from bayesify.config import Rank1Config
+
 
 def make_factor(config: Rank1Config, size: int, device: torch.device) -> Factor:
-    """A new factor [K, size] in float32 on `device`, its locations drawn from the global CPU generator."""
-    shape = (config.members, size)
+    """A new factor [K, size] in float32 on `device`, drawn from the global CPU generator where its start is random."""
+    init = _start(config, (config.members, size), device)
+    prior = PRIORS[config.prior].make(config.prior_location, config.prior_scale, init)
+    return POSTERIORS[config.posterior](init, config.spread, prior, config.spread_jitter)
+
+
+def _start(config: Rank1Config, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """[K, d] where each element starts: its location, on the scale of the draws also for positive families."""
+    from bayesify.config import POSITIVE
+
     if config.init == "ones" or device.type == "meta":
-        init = torch.ones(shape, device=device)
-    else:
-        init = torch.normal(1.0, config.init_scale, shape).to(device)
-    prior = PRIORS[config.prior](config.prior_loc, config.prior_scale)
-    return POSTERIORS[config.posterior](init, config.spread, prior)
+        return torch.full(shape, config.neutral, device=device)
+    if config.init == "random-sign":
+        return torch.bernoulli(torch.full(shape, config.sign_probability)).mul(2).sub(1).to(device)
+    if config.posterior in POSITIVE:
+        return torch.normal(0.0, config.init_scale, shape).exp().to(device)
+    return torch.normal(config.neutral, config.init_scale, shape).to(device)

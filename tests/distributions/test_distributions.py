@@ -82,7 +82,7 @@ def test_pair_without_a_formula_names_the_known_ones() -> None:
     class Flat(Prior):
         family = "flat"
 
-    with pytest.raises(ConfigError, match=r"no KL of a normal posterior to a flat prior.*normal‖normal"):
+    with pytest.raises(ConfigError, match=r"no KL of a normal posterior to a flat prior; it has one to: .*log-uniform"):
         kl_divergence(factor([[1.0]], prior=Flat()))
 
 
@@ -202,7 +202,7 @@ def test_start_of_the_locations() -> None:
         ({"members": 0}, "members must be a positive integer; found 0"),
         ({"members": 2.0}, "members must be a positive integer; found 2.0"),
         ({"members": True}, "members must be a positive integer"),
-        ({"posterior": "gauss"}, "posterior='gauss' is unknown; expected one of 'deterministic', 'normal'"),
+        ({"posterior": "gauss"}, "posterior='gauss' is unknown; expected one of 'deterministic', 'normal', .*'cauchy'"),
         ({"prior": "flat"}, "prior='flat' is unknown"),
         ({"init": "zeros"}, "init='zeros' is unknown"),
         ({"factors": "r"}, "factors='r' is unknown"),
