@@ -12,12 +12,23 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from bayesify.added import Added
 from bayesify.batch import Rows, resolve_task
 from bayesify.config import Rank1Config
 from bayesify.distributions import CLIP, Factor, kl_divergence
 from bayesify.errors import BayesifyError, ConversionError, DataError
 from bayesify.graph import ConversionReport, restore, site_name
-from bayesify.layers import Rank1Layer, Site, detach, is_exact, original_class
+from bayesify.layers import (
+    MemberBatchNorm,
+    MemberNorm,
+    MemberVector,
+    Rank1Layer,
+    Site,
+    bias_of,
+    detach,
+    is_exact,
+    original_class,
+)
 from bayesify.modes import evaluating
 from bayesify.predictive import Predictive, Task
 
@@ -89,10 +100,10 @@ class BayesianModel(nn.Module):
                         yield site_name(name, weight), side, factor
 
     def slow_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name in the network, parameter) of everything that is not part of a factor."""
-        fast = {id(p) for _, _, factor in self.factors() for p in factor.parameters()}
+        """(name in the network, parameter) of everything that the conversion did not add."""
+        added = {id(p) for m in self.model.modules() if isinstance(m, Added) for p in m.parameters()}
         for name, parameter in self.model.named_parameters():
-            if id(parameter) not in fast:
+            if id(parameter) not in added:
                 yield name, parameter
 
     def __getattr__(self, name: str) -> Any:
@@ -188,6 +199,7 @@ class BayesianModel(nn.Module):
         finally:
             for _, _, factor in self.factors():
                 factor.hold(None)
+            self._hold_members(None)
 
     def _hold(self, members: slice, examples: int, seed: Any) -> bool:
         """Give every factor its draw: [k·B, d] rows for noise per example, [k, d] per member or at the mean.
@@ -200,6 +212,7 @@ class BayesianModel(nn.Module):
         factors = [factor for _, _, factor in self.factors()]
         if not factors:
             raise BayesifyError("this model has been unloaded: nothing in it is Bayesian any more.")
+        self._hold_members(members)
         index = range(*members.indices(self.members))
         if seed is None or not any(factor.random for factor in factors):
             for factor in factors:
@@ -216,13 +229,21 @@ class BayesianModel(nn.Module):
             factor.hold(factor.transform(torch.stack(parts), members).flatten(0, 1))
         return True
 
+    def _hold_members(self, members: slice | None) -> None:
+        """Tell what each member has of its own, besides factors, which members are computed."""
+        if self.config.member_bias or self.config.member_batch_norm:
+            for module in self.model.modules():
+                if isinstance(module, (MemberVector, MemberNorm)):
+                    module.hold(members)
+
     # -------------------------------------------------------------------------------------------- objective
 
     def kl(self) -> Tensor:
         """KL of the posterior to the prior over all factors, a scalar in nats.
 
         Summed over sites and elements; over members it is averaged (`kl_reduction="mean"`, the convexity bound on the
-        KL of the mixture) or summed ("sum", as the paper's released code).
+        KL of the mixture) or summed ("sum", as the paper's released code). Where it is a Monte Carlo estimate, it draws
+        from torch's global generator (`bayesify.distributions.kl_variance` gives its variance).
         """
         per_member = torch.stack([kl_divergence(factor) for _, _, factor in self.factors()]).sum(0)
         return per_member.mean() if self.config.kl_reduction == "mean" else per_member.sum()
@@ -242,6 +263,8 @@ class BayesianModel(nn.Module):
         for name, layer in list(merged.named_modules()):
             if isinstance(layer, Rank1Layer):
                 _fold(name, layer, member)
+            elif isinstance(layer, MemberBatchNorm):
+                _fold_norm(layer, member)
         config = getattr(merged, "config", None)
         if self.report.tied and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False  # type: ignore[union-attr]
@@ -276,18 +299,29 @@ def _fold(name: str, layer: Rank1Layer, member: int) -> None:
         for factor in (site.s, site.r):
             if factor is not None:
                 factor.hold(factor.mean[member : member + 1].clamp(-CLIP, CLIP))
+        if site.own_bias is not None:
+            site.own_bias.hold(slice(member, member + 1))
     probe = None if is_exact(original_class(cls)) else cls.probe_input(layer)
     expected = None
     if probe is not None:
         probe = torch.randn(probe.shape, device=probe.device).to(probe.dtype)
         expected = layer(probe)
-    weights = {weight: layer.folded(weight, *site.vectors(0)) for weight, site in sites.items()}
+    values: dict[str, Tensor] = {}
+    for weight in sites:
+        values[weight], bias = layer.with_draw(weight, 0)
+        if bias is not None:
+            if getattr(layer, bias_of(weight), None) is None and isinstance(layer, nn.RNNBase):
+                raise ConversionError(f"{name}: it has no bias into which added factors could be folded.")
+            values[bias_of(weight)] = bias
     detach(layer)
-    for weight, value in weights.items():
+    for weight, value in values.items():
         old = layer._parameters.get(weight)
         # Plain weights: a new parameter, which breaks ties and keeps the flat weight list of recurrent layers in step.
         # Parametrized weights take the value through their right inverse.
-        setattr(layer, weight, value if old is None else nn.Parameter(value, requires_grad=old.requires_grad))
+        if old is None and not weight.startswith("bias"):
+            setattr(layer, weight, value)
+        else:
+            setattr(layer, weight, nn.Parameter(value, requires_grad=old is None or old.requires_grad))
     same = expected is None or torch.allclose(layer(probe), expected, rtol=1e-3, atol=1e-4)
     for module, mode in modes.items():
         module.training = mode
@@ -296,6 +330,17 @@ def _fold(name: str, layer: Rank1Layer, member: int) -> None:
             f"{name} ({type(layer).__name__}) transforms its weight in its own code, so its factors cannot be folded "
             "into it. Keep the Bayesian model, or leave such layers out with exclude= before training."
         )
+
+
+@torch.no_grad()
+def _fold_norm(layer: MemberBatchNorm, member: int) -> None:
+    """Turn a batch norm, in place, into the plain one of a member."""
+    affine, statistics = layer.state_of(member)
+    detach(layer)
+    for name, value in affine.items():
+        setattr(layer, name, nn.Parameter(value, requires_grad=getattr(layer, name).requires_grad))
+    for name, value in statistics.items():
+        layer._buffers[name] = value.clone()
 
 
 def _peek_seed() -> tuple[str, int]:

@@ -141,7 +141,8 @@ def _to_normal(q: Factor, p: Prior) -> Tensor:
     scale = torch.as_tensor(p.scale, device=q.loc.device)
     center = q.mean if isinstance(p, TiedMeanPrior) else p.loc
     # The moment is divided by the scale first, which float32 needs at tiny scales.
-    distance = q.second_moment(center).sqrt() / scale
+    # A log-normal far down has a moment of 0, where the root has no gradient.
+    distance = q.second_moment(center).clamp_min(torch.finfo(torch.float32).tiny).sqrt() / scale
     return (0.5 * distance.square() + scale.log() + 0.5 * math.log(2 * math.pi) - q.entropy).sum(-1)
 
 
@@ -168,7 +169,7 @@ def _cauchys(q: Factor, p: Prior) -> Tensor:
 
 def _to_uniform(q: Factor, p: Prior) -> Tensor:
     """−H(q)."""
-    return -q.entropy.sum(-1)
+    return -(q.entropy + 0.0 * q.loc.float()).sum(-1)  # of every parameter, as in `_zero`
 
 
 def _normal_to_log_uniform(q: Factor, p: Prior) -> Tensor:

@@ -7,20 +7,20 @@ constraints, `mean`, `noise` and `sample`, and what the KL needs: `entropy` and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bayesify.added import Added
 from bayesify.distributions.priors import SCALE_FLOOR, Prior, inverse_softplus
 
 CLIP = 10.0
 """Draws are clipped to ±CLIP before use, as published (it exists for Cauchy tails); the KL is not clipped."""
 
 
-class Factor(nn.Module):
+class Factor(Added):
     """One random vector for each member: q(f) = mixture over k of q_k(f), f in R^d.
 
     Args:
@@ -97,11 +97,6 @@ class Factor(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_draw": None}
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # A checkpoint of the original network has no factors: it loads, and the factors stay as they are.
-        if any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"members={self.members}, size={self.size}, posterior={self.family}"

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bayesify.added import Added
+
 SCALE_FLOOR = 1e-7
 """scale = softplus(rho) + SCALE_FLOOR, for priors and posteriors."""
 
@@ -23,7 +25,7 @@ def inverse_softplus(scale: float) -> float:
     return softplus + math.log(-math.expm1(-softplus))
 
 
-class Prior(nn.Module):
+class Prior(Added):
     """p(f) of every element of a factor."""
 
     family: ClassVar[str]

@@ -22,7 +22,7 @@ def mean_log_abs_normal(z: Tensor) -> Tensor:
     j = torch.arange(_TERMS, device=z.device, dtype=z.dtype)
     log_weight = j * half.clamp_min(1e-30).log().unsqueeze(-1) - half.unsqueeze(-1) - torch.lgamma(j + 1)
     near = 0.5 * (math.log(2.0) + (log_weight.exp() * torch.digamma(j + 0.5)).sum(-1))
-    far_z = z.clamp_min(_SWITCH)
+    far_z = torch.where(z < _SWITCH, _SWITCH, z)  # not a clamp, whose gradient at the switch itself may be 0
     inverse = far_z.square().reciprocal()
     # −E (ε/z)^{2n} / (2n), with moments 1, 3, 15, 105, 945
     series = inverse * (0.5 + inverse * (0.75 + inverse * (2.5 + inverse * (13.125 + inverse * 94.5))))

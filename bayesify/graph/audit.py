@@ -13,6 +13,7 @@ from bayesify.errors import ConversionError
 from bayesify.graph.inputs import Inputs
 from bayesify.graph.rewrite import restore, swap
 from bayesify.graph.sites import Plan, site_name
+from bayesify.layers import MemberNorm, MemberVector
 from bayesify.modes import evaluating
 
 _TOLERANCE = 1e-4
@@ -43,7 +44,7 @@ def audit(model: nn.Module, inputs: Inputs, plan: Plan, config: Rank1Config) -> 
         with torch.random.fork_rng(devices=[]):
             swap(plan, config)
         try:
-            draws = _hold_ones(plan, 2 * batch)
+            draws = _hold_neutral(plan, 2 * batch, config)
             with torch.enable_grad():
                 outputs = _real(model(*args, **kwargs), rows)
         except Exception as error:
@@ -53,25 +54,30 @@ def audit(model: nn.Module, inputs: Inputs, plan: Plan, config: Rank1Config) -> 
             ) from error
         finally:
             restore(list(model.modules()))
-    _check_identity(reference, outputs, rows, batch)
+    _check_identity(reference, outputs, rows, batch, config.neutral)
     _check_reach(plan, outputs, draws, rows, batch)
 
 
-def _hold_ones(plan: Plan, rows: int) -> dict[tuple[str, str, str], Tensor]:
-    """Draws of ones [rows, d] that record gradients, by (layer, site name, side)."""
+def _hold_neutral(plan: Plan, rows: int, config: Rank1Config) -> dict[tuple[str, str, str], Tensor]:
+    """Draws [rows, d] that change nothing and record gradients, by (layer, site name, side); two members in force."""
     draws: dict[tuple[str, str, str], Tensor] = {}
     for name, layer in plan.layers.items():
         for weight, site in layer.rank1.items():  # type: ignore[operator]
             for side in ("s", "r"):
                 factor = getattr(site, side)
                 if factor is not None:
-                    ones = torch.ones(rows, factor.size, device=factor.loc.device, requires_grad=True)
-                    factor.hold(ones)
-                    draws[name, site_name(name, weight), side] = ones
+                    shape = (rows, factor.size)
+                    draw = torch.full(shape, config.neutral, device=factor.loc.device, requires_grad=True)
+                    factor.hold(draw)
+                    draws[name, site_name(name, weight), side] = draw
+    for layer in (*plan.layers.values(), *plan.norms.values()):
+        for part in layer.modules():
+            if isinstance(part, (MemberVector, MemberNorm)):
+                part.hold(slice(0, min(2, config.members)))
     return draws
 
 
-def _check_identity(reference: list[Tensor], outputs: list[Tensor], rows: Rows, batch: int) -> None:
+def _check_identity(reference: list[Tensor], outputs: list[Tensor], rows: Rows, batch: int, neutral: float) -> None:
     for expected, found in zip(reference, outputs, strict=True):
         if found.dim() <= rows.input_dim or found.shape[rows.input_dim] != 2 * batch:
             continue
@@ -81,8 +87,9 @@ def _check_identity(reference: list[Tensor], outputs: list[Tensor], rows: Rows, 
             error = float((member.float() - expected.float()).abs().max()) / scale
             if not error <= tolerance:
                 raise ConversionError(
-                    f"with every factor at 1 the converted network differs from the original by {error:.2g} (relative; "
-                    f"expected at most {tolerance:.0e}). Leave layers out with exclude= to find the one at fault."
+                    f"with every factor at {neutral:g} the converted network differs from the original by {error:.2g} "
+                    f"(relative; expected at most {tolerance:.0e}). "
+                    "Leave layers out with exclude= to find the one at fault."
                 )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 from torch import nn
 
 from bayesify.config import Rank1Config
@@ -9,7 +12,17 @@ from bayesify.distributions import Factor, make_factor
 from bayesify.errors import ConversionError
 from bayesify.graph.report import ConversionReport
 from bayesify.graph.sites import Plan, tied_names
-from bayesify.layers import Rank1Layer, Site, attach, detach, rank1_class
+from bayesify.layers import (
+    AdditiveSite,
+    MemberVector,
+    Rewritten,
+    Site,
+    attach,
+    attach_norm,
+    bias_of,
+    detach,
+    rank1_class,
+)
 
 
 def swap(plan: Plan, config: Rank1Config) -> None:
@@ -19,6 +32,9 @@ def swap(plan: Plan, config: Rank1Config) -> None:
         for name, layer in plan.layers.items():
             done.append(layer)
             _convert(name, layer, config)
+        for norm in plan.norms.values():
+            done.append(norm)
+            attach_norm(norm, config.members)
     except BaseException:
         restore(done)
         raise
@@ -35,31 +51,53 @@ def _convert(name: str, layer: nn.Module, config: Rank1Config) -> None:
 
 
 def restore(modules: list[nn.Module]) -> None:
-    """Turn every rank-1 layer among the modules back into what it was."""
+    """Turn every rewritten layer among the modules back into what it was."""
     for module in modules:
-        if isinstance(module, Rank1Layer):
+        if isinstance(module, Rewritten):
             detach(module)
 
 
 def report_on(model: nn.Module, plan: Plan, config: Rank1Config) -> ConversionReport:
     """What converting by this plan does, computed from the plan alone."""
     sites = plan.sites()
-    sides = {"both": (1, 1), "inputs": (1, 0), "outputs": (0, 1)}[config.factors]
-    vectors = 1 if config.posterior == "deterministic" else 2
-    added = sum(sides[0] * s + sides[1] * r for _, (s, r) in sites.values()) * config.members * vectors
     ties = tied_names(model)
     tied = {name: ties[weight] for name in sites for weight in (f"{name}.weight", name) if weight in ties}
     return ConversionReport(
         members=config.members,
         parameters=sum(p.numel() for p in model.parameters()),
-        parameters_added=added,
+        parameters_added=_count_added(plan, config),
         converted={name: kind for name, (kind, _) in sites.items()},
         skipped=dict(plan.skipped),
         sizes={name: size for name, (_, size) in sites.items()},
         tied=tied,
         routes=dict(plan.routes),
-        notes=list(plan.notes),
+        notes=[*plan.notes, *_norm_notes(plan, config)],
     )
+
+
+def _norm_notes(plan: Plan, config: Rank1Config) -> list[str]:
+    if not config.member_batch_norm:
+        return []
+    return [f"batch norm layers with scale, shift and statistics of each member's own: {len(plan.norms)}"]
+
+
+def _count_added(plan: Plan, config: Rank1Config) -> int:
+    """Parameters that the conversion adds, counted on the meta device."""
+    meta = torch.device("meta")
+
+    @cache
+    def factor(size: int) -> int:
+        return sum(p.numel() for p in make_factor(config, size, meta).parameters())
+
+    added = 0
+    for layer in plan.layers.values():
+        equivalent = rank1_class(type(layer))
+        for weight, (s, r) in ({} if equivalent is None else equivalent.sizes(layer)).items():
+            added += (config.factors != "outputs") * factor(s) + (config.factors != "inputs") * factor(r)
+            if config.member_bias and getattr(layer, bias_of(weight), None) is not None:
+                added += config.members * r
+    affine = sum(p.numel() for norm in plan.norms.values() for p in norm.parameters(recurse=False))
+    return added + config.members * affine
 
 
 def _new_sites(layer: nn.Module, config: Rank1Config) -> dict[str, Site]:
@@ -70,4 +108,9 @@ def _new_sites(layer: nn.Module, config: Rank1Config) -> dict[str, Site]:
     def factor(side: str, size: int) -> Factor | None:
         return make_factor(config, size, device) if config.factors in ("both", side) else None
 
-    return {name: Site(factor("inputs", s), factor("outputs", r)) for name, (s, r) in sizes.items()}
+    def own_bias(weight: str, size: int) -> MemberVector | None:
+        has_bias = getattr(layer, bias_of(weight), None) is not None
+        return MemberVector(config.members, size, device) if config.member_bias and has_bias else None
+
+    site = Site if config.perturbation == "multiplicative" else AdditiveSite
+    return {name: site(factor("inputs", s), factor("outputs", r), own_bias(name, r)) for name, (s, r) in sizes.items()}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from bayesify.config import Rank1Config
@@ -28,9 +29,10 @@ _NOT_LINEAR: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
 
 @dataclass
 class Plan:
-    """Layers to convert, everything else with its reason, and how it is known."""
+    """Layers to convert, batch norms to split by member, everything else with its reason, and how it is known."""
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
+    norms: dict[str, _BatchNorm] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     routes: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -67,6 +69,8 @@ def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = No
     _read_graphs(model, plan, inputs)
     _check_linear(plan)
     _apply_patterns(plan, config, candidates)
+    if config.member_batch_norm:
+        plan.norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and _selected(n, config)}
     if not plan.layers:
         kinds = sorted(
             {type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None}
@@ -231,6 +235,11 @@ def _apply_patterns(plan: Plan, config: Rank1Config, candidates: list[str]) -> N
         pattern = next((p for p in config.exclude if matches(name, p)), None)
         if pattern is not None:
             plan.skip(name, f"excluded by {pattern!r}")
+
+
+def _selected(name: str, config: Rank1Config) -> bool:
+    included = not config.include or any(matches(name, pattern) for pattern in config.include)
+    return included and not any(matches(name, pattern) for pattern in config.exclude)
 
 
 def matches(name: str, pattern: str) -> bool:

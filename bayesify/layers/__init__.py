@@ -1,12 +1,19 @@
 """Rank-1 equivalents of linear, convolutional and recurrent layers. Importing this fills the registry."""
 
 from bayesify.layers import conv, linear, recurrent
+from bayesify.layers.members import MemberVector as MemberVector
+from bayesify.layers.norm import MemberBatchNorm as MemberBatchNorm
+from bayesify.layers.norm import MemberNorm as MemberNorm
+from bayesify.layers.norm import attach_norm as attach_norm
 from bayesify.layers.registry import Rank1Layer as Rank1Layer
+from bayesify.layers.registry import Rewritten as Rewritten
 from bayesify.layers.registry import attach as attach
+from bayesify.layers.registry import bias_of as bias_of
 from bayesify.layers.registry import detach as detach
 from bayesify.layers.registry import is_exact as is_exact
 from bayesify.layers.registry import is_linear as is_linear
 from bayesify.layers.registry import original_class as original_class
 from bayesify.layers.registry import rank1 as rank1
 from bayesify.layers.registry import rank1_class as rank1_class
+from bayesify.layers.site import AdditiveSite as AdditiveSite
 from bayesify.layers.site import Site as Site

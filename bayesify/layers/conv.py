@@ -48,6 +48,13 @@ class _Rank1Conv(Rank1Layer):
         y = layer._conv_forward(site.scale_inputs(input, 1), self.weight, None)
         return site.scale_outputs(y, self.bias, 1)
 
+    def applied(self, name: str, s: Tensor) -> Tensor:
+        layer = cast(Any, self)
+        if layer.padding_mode == "zeros" and layer.padding not in ("valid", (0,) * len(self.kernel_size)):
+            return super().applied(name, s)  # zeros at the border are not moved by s
+        per_tap = getattr(self, name).flatten(2).sum(-1).unflatten(0, (self.groups, -1))
+        return torch.einsum("goi,gi->go", per_tap, s.view(self.groups, -1)).flatten()
+
     def folded(self, name: str, s: Tensor | None, r: Tensor | None) -> Tensor:
         """W ∘ (r sᵀ) for W [out, in / groups, ...]."""
         weight: Tensor = getattr(self, name)
@@ -61,6 +68,9 @@ class _Rank1Conv(Rank1Layer):
 
 
 class _Rank1ConvTranspose(_Rank1Conv):
+    def applied(self, name: str, s: Tensor) -> Tensor:
+        return Rank1Layer.applied(self, name, s)  # fewer taps reach the border
+
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         self._check(input)
         site, layer = self.site, cast(Any, self)

@@ -30,6 +30,9 @@ class Rank1Linear(Rank1Layer, nn.Linear):
     def folded(self, name: str, s: Tensor | None, r: Tensor | None) -> Tensor:
         return fold_matrix(getattr(self, name), s, r)
 
+    def applied(self, name: str, s: Tensor) -> Tensor:
+        return F.linear(s, getattr(self, name))
+
 
 @rank1("transformers.pytorch_utils.Conv1D")
 class Rank1Conv1DMatrix(Rank1Layer):
@@ -45,6 +48,9 @@ class Rank1Conv1DMatrix(Rank1Layer):
 
     def folded(self, name: str, s: Tensor | None, r: Tensor | None) -> Tensor:
         return fold_matrix(getattr(self, name).t(), s, r).t().contiguous()
+
+    def applied(self, name: str, s: Tensor) -> Tensor:
+        return s @ getattr(self, name)
 
 
 def fold_matrix(weight: Tensor, s: Tensor | None, r: Tensor | None) -> Tensor:

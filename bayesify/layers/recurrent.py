@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from bayesify.errors import BayesifyError
 from bayesify.layers.linear import fold_matrix
-from bayesify.layers.registry import Rank1Layer, is_exact, original_class, rank1
-from bayesify.layers.site import Site, repeat_rows
+from bayesify.layers.registry import Rank1Layer, bias_of, is_exact, original_class, rank1
+from bayesify.layers.site import AdditiveSite, Site, repeat_rows
 
 State = Any
 """Initial or final state: a tensor, a pair of tensors (LSTM) or None."""
@@ -36,6 +36,9 @@ class _Recurrent(Rank1Layer):
 
     def folded(self, name: str, s: Tensor | None, r: Tensor | None) -> Tensor:
         return fold_matrix(getattr(self, name), s, r)
+
+    def applied(self, name: str, s: Tensor) -> Tensor:
+        return F.linear(s, getattr(self, name))
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -53,7 +56,12 @@ class _Recurrent(Rank1Layer):
     @contextmanager
     def _weights_of(self, draw: int) -> Iterator[None]:
         """Put the weights folded with one draw in place, so that the layer's own forward uses them."""
-        folded = {name: self.folded(name, *site.vectors(min(draw, site.rows - 1))) for name, site in self.sites.items()}
+        folded: dict[str, Tensor] = {}
+        for name, site in self.sites.items():
+            weight, bias = self.with_draw(name, min(draw, site.rows - 1))
+            folded[name] = weight
+            if bias is not None and bias_of(name) in self._parameters:
+                folded[bias_of(name)] = bias
         before = {name: self._parameters[name] for name in folded}
         flat = getattr(self, "_flat_weights", None)
         try:
@@ -105,23 +113,25 @@ class _Kernel:
     """One gate kernel with its draw repeated to the rows of the batch (in the order of a packed sequence)."""
 
     def __init__(self, layer: _Recurrent, name: str, rows: int, order: Tensor | None, dtype: torch.dtype) -> None:
-        site: Site = layer.rank1[name]  # type: ignore[assignment]
+        self.site: Site = layer.rank1[name]  # type: ignore[assignment]
         self.weight: Tensor = getattr(layer, name)
-        self.bias: Tensor | None = getattr(layer, name.replace("weight", "bias"), None)
-        vectors = [None if f is None else repeat_rows(f.value(), rows).to(dtype) for f in (site.s, site.r)]
+        self.bias: Tensor | None = getattr(layer, bias_of(name), None)
+        parts = (self.site.s, self.site.r, self.site.own_bias)
+        vectors = [None if part is None else repeat_rows(part.value(), rows).to(dtype) for part in parts]
         # A draw of one row broadcasts; any other follows the order in which the packed sequence holds its rows.
-        self.s, self.r = (
+        self.s, self.r, own_bias = (
             v if v is None or order is None or v.shape[0] == 1 else v.index_select(0, order) for v in vectors
         )
+        if self.bias is not None:
+            self.bias = self.bias.unsqueeze(0) if own_bias is None else self.bias + own_bias
 
     def __call__(self, x: Tensor, index: Tensor | slice) -> Tensor:
-        """r ∘ (W (s ∘ x)) + b for x [n, in], the rows of the draw given by `index`."""
-        s = self.s if self.s is None or self.s.shape[0] == 1 else self.s[index]
-        r = self.r if self.r is None or self.r.shape[0] == 1 else self.r[index]
-        y = F.linear(x if s is None else x * s, self.weight)
-        if r is not None:
-            y = y * r
-        return y if self.bias is None else y + self.bias
+        """The perturbed map of x [n, in], with the rows of the draw given by `index`."""
+        s, r, bias = (v if v is None or v.shape[0] == 1 else v[index] for v in (self.s, self.r, self.bias))
+        y = F.linear(x if s is None else self.site.enter(x, s), self.weight)
+        if r is None:
+            return y if bias is None else y + bias
+        return self.site.leave(y, r, bias)
 
 
 # ------------------------------------------------------------------------------------------------ layers
@@ -135,9 +145,21 @@ class _Rank1RNN(_Recurrent):
             raise BayesifyError(
                 f"a rank-1 recurrent layer needs a batched input [N, T, in]; found {tuple(input.shape)}."
             )
-        if self.draws > self.members and is_exact(original_class(type(self))):
-            return self._by_steps(input, hx)
+        if self.draws > self.members or not self._foldable:
+            if is_exact(original_class(type(self))):
+                return self._by_steps(input, hx)
+            if not self._foldable:
+                raise BayesifyError(
+                    f"{original_class(type(self)).__name__} has no bias that added factors could be folded into; "
+                    "leave it out with exclude=, or multiply factors."
+                )
         return self._by_draws(input, hx)
+
+    @property
+    def _foldable(self) -> bool:
+        """Whether a draw can be put into weights and biases: what is added needs a bias to go to."""
+        sites = self.sites.items()
+        return not any(isinstance(s, AdditiveSite) and bias_of(name) not in self._parameters for name, s in sites)
 
     @classmethod
     def own_forward(cls) -> Callable[..., Any]:

@@ -17,21 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from bayesify.errors import ConversionError
-from bayesify.layers.site import Site
+from bayesify.layers.site import AdditiveSite, Site
 
 T = TypeVar("T", bound="type[Rank1Layer]")
 
 _TABLE: dict[str, type[Rank1Layer]] = {}
 
 
-class Rank1Layer(nn.Module):
+class Rewritten(nn.Module):
+    """A layer of the original network whose class was replaced; what it got besides lies in `rank1`."""
+
+    rank1: nn.Module
+
+
+class Rank1Layer(Rewritten):
     """Base of every rank-1 layer: y = r ∘ L(s ∘ x) + (1 − r) ∘ b around the layer's own forward.
 
     The identity holds for any linear operator L(x) = W x + b whatever its code does to W (weight standardization,
     padding, low-bit storage), so a subclass of a known layer needs nothing of its own.
     """
 
-    rank1: nn.ModuleDict
+    rank1: nn.ModuleDict  # type: ignore[assignment]
     channel_dim: ClassVar[int] = -1
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -62,6 +68,30 @@ class Rank1Layer(nn.Module):
     def folded(self, name: str, s: Tensor | None, r: Tensor | None) -> Tensor:
         """W ∘ (r sᵀ) for vectors s [in], r [out], in the shape and dtype of the weight `name`."""
         raise NotImplementedError
+
+    def applied(self, name: str, s: Tensor) -> Tensor:
+        """W s [out] for s [in]: what adding s to every input adds to every output.
+
+        Raises:
+            ConversionError: it is not the same at every position.
+        """
+        raise ConversionError(
+            f"what is added to the inputs of {original_class(type(self)).__name__} cannot be folded into its bias."
+        )
+
+    def with_draw(self, name: str, row: int) -> tuple[Tensor, Tensor | None]:
+        """The weight `name` and its bias, with one row of the draw in force folded into them."""
+        site: Site = self.rank1[name]  # type: ignore[assignment]
+        s, r = site.vectors(row)
+        bias: Tensor | None = getattr(self, bias_of(name), None)
+        terms = [bias, site.own_bias_of(row)]
+        weight: Tensor = getattr(self, name)
+        if isinstance(site, AdditiveSite):
+            terms += [None if s is None else self.applied(name, s.to(weight.dtype)), r]
+        else:
+            weight = self.folded(name, s, r)
+        parts = [term.to(weight.dtype) for term in terms if term is not None]
+        return weight, sum(parts[1:], parts[0]) if parts else None
 
 
 def rank1(base: type[nn.Module] | str) -> Callable[[T], T]:
@@ -100,15 +130,24 @@ def is_exact(cls: type[nn.Module]) -> bool:
     return _full_name(cls) in _TABLE
 
 
+def bias_of(weight: str) -> str:
+    """The name of the bias beside a weight: bias, bias_hh_l0, …"""
+    return weight.replace("weight", "bias")
+
+
 def attach(layer: nn.Module, sites: dict[str, Site]) -> None:
     """Turn a layer into its rank-1 equivalent, in place. The caller has checked that there is one."""
     equivalent = rank1_class(type(layer))
     if equivalent is None:
         raise ConversionError(f"{type(layer).__name__} has no rank-1 equivalent; register one with @rank1.")
+    replace_class(layer, equivalent, nn.ModuleDict(sites))
+
+
+def replace_class(layer: nn.Module, equivalent: type[Rewritten], added: nn.Module) -> None:
+    """Make a layer an instance of `equivalent`, in place, with `added` as its `rank1`."""
     if hasattr(layer, "rank1"):
         raise ConversionError("the layer already has an attribute named rank1, where its factors would go.")
-    factors = nn.ModuleDict(sites).train(layer.training)
-    layer.add_module("rank1", factors)
+    layer.add_module("rank1", added.train(layer.training))
     try:
         layer.__class__ = equivalent
     except TypeError:
@@ -116,15 +155,15 @@ def attach(layer: nn.Module, sites: dict[str, Site]) -> None:
         raise
 
 
-def detach(layer: Rank1Layer) -> None:
-    """Turn a rank-1 layer back into the layer it was, in place."""
+def detach(layer: Rewritten) -> None:
+    """Turn a rewritten layer back into the layer it was, in place."""
     layer.__class__ = original_class(type(layer))  # type: ignore[assignment]
     del layer.rank1
 
 
-def original_class(cls: type[Rank1Layer]) -> type[nn.Module]:
+def original_class(cls: type[Rewritten]) -> type[nn.Module]:
     """The class that a rank-1 class stands for."""
-    return next(base for base in cls.__mro__ if not issubclass(base, Rank1Layer) and issubclass(base, nn.Module))
+    return next(base for base in cls.__mro__ if not issubclass(base, Rewritten) and issubclass(base, nn.Module))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A site: the two factors of one linear map, and the two multiplications they make.
+"""A site: the two factors of one linear map, and what they do to its inputs and outputs.
 
 Legend: R rows of the draw, N rows of the activation (a multiple of R), d channels.
 """
@@ -10,42 +10,72 @@ from torch import Tensor, nn
 
 from bayesify.distributions import Factor
 from bayesify.errors import BayesifyError
+from bayesify.layers.members import MemberVector
 
 
 class Site(nn.Module):
-    """Factors s [K, in] and r [K, out] of one linear map; either may be absent and then stands at 1."""
+    """Factors s [K, in] and r [K, out] of one linear map; either may be absent and then changes nothing.
 
-    def __init__(self, s: Factor | None, r: Factor | None) -> None:
+    `own_bias` is what each member adds to the shared bias, where members have biases of their own.
+    """
+
+    def __init__(self, s: Factor | None, r: Factor | None, own_bias: MemberVector | None = None) -> None:
         super().__init__()
         self.s = s
         self.r = r
+        self.own_bias = own_bias
+
+    # ---------------------------------------------------------------------------- the perturbation, row by row
+
+    def enter(self, x: Tensor, s: Tensor) -> Tensor:
+        """What the linear map is given, for x and s that broadcast."""
+        return x * s
+
+    def leave(self, y: Tensor, r: Tensor, bias: Tensor | None) -> Tensor:
+        """What comes out, for y = W (…) without its bias."""
+        return y * r if bias is None else torch.addcmul(bias.to(y.dtype), y, r)
+
+    def releave(self, y: Tensor, r: Tensor, bias: Tensor | None) -> Tensor:
+        """The same for y that contains its bias already: r ∘ L(s ∘ x) + (1 − r) ∘ b, exact at r = 1."""
+        return y * r if bias is None else torch.addcmul(y * r, 1 - r, bias.to(y.dtype))
+
+    # ---------------------------------------------------------------------------- with the draw in force
 
     def scale_inputs(self, x: Tensor, dim: int = -1) -> Tensor:
-        """s ∘ x, with the channels of x [N, ...] in dimension `dim`."""
-        return x if self.s is None else x * rows_of(self.s.value(), x, dim)
+        """The perturbed inputs, with the channels of x [N, ...] in dimension `dim`."""
+        return x if self.s is None else self.enter(x, rows_of(self.s.value(), x, dim))
 
     def scale_outputs(self, y: Tensor, bias: Tensor | None, dim: int = -1) -> Tensor:
-        """r ∘ y + b for y [N, ...] = W (s ∘ x) without its bias."""
+        """The perturbed outputs for y [N, ...] = W (…) without its bias, which is added."""
         if bias is not None:
             bias = _along(bias.to(y.dtype), y, dim)
+            if self.own_bias is not None:
+                bias = bias + rows_of(self.own_bias.value(), y, dim)
         if self.r is None:
             return y if bias is None else y + bias
-        r = rows_of(self.r.value(), y, dim)
-        return y * r if bias is None else torch.addcmul(bias, y, r)
+        return self.leave(y, rows_of(self.r.value(), y, dim), bias)
 
     def rescale_outputs(self, y: Tensor, bias: Tensor | None, dim: int = -1) -> Tensor:
-        """r ∘ y + (1 − r) ∘ b for y [N, ...] that already contains its bias: r ∘ L(s ∘ x) + b, exact at r = 1."""
-        if self.r is None:
-            return y
-        r = rows_of(self.r.value(), y, dim)
-        return y * r if bias is None else torch.addcmul(y * r, 1 - r, _along(bias.to(y.dtype), y, dim))
+        """The same for y [N, ...] that contains its bias already."""
+        if self.r is not None:
+            along = None if bias is None else _along(bias.to(y.dtype), y, dim)
+            y = self.releave(y, rows_of(self.r.value(), y, dim), along)
+        return y if self.own_bias is None else y + rows_of(self.own_bias.value(), y, dim)
+
+    # ---------------------------------------------------------------------------- one row of the draw
 
     def vectors(self, row: int) -> tuple[Tensor | None, Tensor | None]:
-        """One row of the draws: s [in] and r [out], float32."""
-        return (
-            None if self.s is None else self.s.value()[row],
-            None if self.r is None else self.r.value()[row],
-        )
+        """One row of the draws: s [in] and r [out], float32. A draw of fewer rows is shared by neighbors."""
+        s, r = (None if f is None else f.value() for f in (self.s, self.r))
+        rows = self.rows
+        return tuple(None if v is None else v[row * v.shape[0] // rows] for v in (s, r))  # type: ignore[return-value]
+
+    def own_bias_of(self, row: int) -> Tensor | None:
+        """[out] the own bias of the member that row `row` of the draws belongs to."""
+        if self.own_bias is None:
+            return None
+        value = self.own_bias.value()
+        return value[row * value.shape[0] // self.rows]
 
     @property
     def rows(self) -> int:
@@ -57,6 +87,19 @@ class Site(nn.Module):
     def members(self) -> int:
         factor = self.s if self.s is not None else self.r
         return 1 if factor is None else factor.members
+
+
+class AdditiveSite(Site):
+    """y = W (x + s) + r + b: the variant with added vectors."""
+
+    def enter(self, x: Tensor, s: Tensor) -> Tensor:
+        return x + s
+
+    def leave(self, y: Tensor, r: Tensor, bias: Tensor | None) -> Tensor:
+        return y + r if bias is None else y + r + bias.to(y.dtype)
+
+    def releave(self, y: Tensor, r: Tensor, bias: Tensor | None) -> Tensor:
+        return y + r
 
 
 def repeat_rows(draw: Tensor, rows: int) -> Tensor:
@@ -74,7 +117,7 @@ def repeat_rows(draw: Tensor, rows: int) -> Tensor:
 
 
 def rows_of(draw: Tensor, x: Tensor, dim: int) -> Tensor:
-    """A draw [R, d] shaped to multiply x [N, ...] with its d channels in dimension `dim`, in the dtype of x."""
+    """A draw [R, d] shaped to combine with x [N, ...] with its d channels in dimension `dim`, in the dtype of x."""
     draw = repeat_rows(draw, x.shape[0]).to(x.dtype)
     shape = [1] * x.dim()
     shape[0], shape[dim] = draw.shape
