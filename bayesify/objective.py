@@ -19,7 +19,7 @@ Likelihood = Literal["average", "mixture"]
 
 @dataclass(frozen=True)
 class ELBOTerms:
-    """The loss and its parts, scalars in nats: loss = nll + weight · kl / N."""
+    """The loss and its parts, scalars in nats: loss = nll + weight · kl / N, weight = temperature · κ(t)."""
 
     loss: Tensor
     nll: Tensor
@@ -28,7 +28,7 @@ class ELBOTerms:
 
 
 class ELBO:
-    """loss = mean over members and examples of NLL + κ(t) · KL / N   (paper Eq. 2, divided by N).
+    """loss = mean over members and examples of NLL + T · κ(t) · KL / N   (paper Eq. 2, divided by N).
 
     Args:
         model: the Bayesian model whose KL counts.
@@ -36,6 +36,7 @@ class ELBO:
         annealing_steps: κ rises linearly, κ(t) = min(1, (t + 1) / annealing_steps); 0 keeps it at 1.
         likelihood: "average" takes the mean of the members' log-likelihoods (better on test data: paper, Fig. 4);
             "mixture" the log-likelihood of the members' mean probability.
+        kl_temperature: T; the paper stresses that 1, the bound itself, is enough.
 
     Weight decay is the optimizer's business, and applies to slow weights only.
     """
@@ -47,6 +48,7 @@ class ELBO:
         *,
         annealing_steps: int = 0,
         likelihood: Likelihood = "average",
+        kl_temperature: float = 1.0,
     ) -> None:
         if num_examples < 1:
             raise ConfigError(f"num_examples must be the number of training examples; found {num_examples}.")
@@ -54,14 +56,18 @@ class ELBO:
             raise ConfigError(f"annealing_steps must not be negative; found {annealing_steps}.")
         if likelihood not in ("average", "mixture"):
             raise ConfigError(f"likelihood must be 'average' or 'mixture'; found {likelihood!r}.")
+        if not 0.0 <= kl_temperature < math.inf:
+            raise ConfigError(f"kl_temperature must not be negative; found {kl_temperature!r}.")
         self.model = model
+        self.kl_temperature = kl_temperature
         self.num_examples = num_examples
         self.annealing_steps = annealing_steps
         self.likelihood: Likelihood = likelihood
 
     def weight(self, step: int) -> float:
-        """κ(step) in (0, 1]."""
-        return min(1.0, (step + 1) / self.annealing_steps) if self.annealing_steps else 1.0
+        """T · κ(step), with κ in (0, 1]."""
+        annealing = min(1.0, (step + 1) / self.annealing_steps) if self.annealing_steps else 1.0
+        return self.kl_temperature * annealing
 
     def __call__(self, output: Any, targets: Tensor | None = None, step: int | None = None) -> ELBOTerms:
         """The loss of one training batch.
@@ -74,7 +80,7 @@ class ELBO:
         """
         nll = self._nll(output, targets)
         kl = self.model.kl().to(nll.device)
-        weight = 1.0 if step is None else self.weight(step)
+        weight = self.kl_temperature if step is None else self.weight(step)
         return ELBOTerms(nll + weight * kl / self.num_examples, nll, kl, weight)
 
     def _nll(self, output: Any, targets: Tensor | None) -> Tensor:

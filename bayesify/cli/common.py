@@ -132,7 +132,8 @@ def _options(cls: Any, panel: str) -> list[inspect.Parameter]:
             details["metavar"] = "|".join(get_args(kind))
             kind = str
         elif get_origin(kind) is tuple:
-            kind, default = list[str], []
+            item = get_args(kind)[0]
+            kind, default = list[float if item is float else str], list(default)  # type: ignore[arg-type]
         elif optional:
             kind = kind | None
         flag = flag_of(field.name)
@@ -256,6 +257,14 @@ def load_with_inputs(model: str, trust_remote_code: bool) -> tuple[nn.Module, Pr
             f"{model} does not say how its inputs are made (preprocessing); set .preprocessing in Python and save it."
         )
     return network, network.preprocessing, network.label_names
+
+
+def load_baseline(baseline: str, model: str, classes: Sequence[str], trust_remote_code: bool) -> nn.Module:
+    """A network to compare `model` with. Raises `ConfigError` if its classes are not the same in the same order."""
+    network, _, names = load_with_inputs(baseline, trust_remote_code)
+    if len(names) != len(classes) or (names != list(classes) and not unnamed(names)):
+        raise ConfigError(f"{baseline} and {model} have different classes, or the same in another order.")
+    return network
 
 
 def classes_of(splits: Splits) -> list[str]:

@@ -15,6 +15,7 @@ from bayesify.cli.common import (
     TrustRemoteCode,
     classes_of,
     field_names,
+    given,
     inputs_of,
     labeled,
     new_output,
@@ -64,6 +65,12 @@ def finetune(
     color_jitter: Annotated[
         float, typer.Option(help="Strength of the random change of colors.", rich_help_panel="Data")
     ] = 0.0,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Start from published options, e.g. cifar10-gaussian; options given beside it win.", show_default=False
+        ),
+    ] = None,
     deterministic: Annotated[
         bool,
         typer.Option(
@@ -83,6 +90,8 @@ def finetune(
 
     On several GPUs: accelerate launch -m bayesify finetune ...
     """
+    if recipe is not None:
+        rank1, tuning = _from_recipe(ctx, recipe, rank1, tuning)
     checkpoint = _check_folder(output, resume)
     import torch
 
@@ -109,7 +118,7 @@ def finetune(
     if converted:
         if deterministic:
             raise ConfigError(f"{model} is already Bayesian; --deterministic fine-tunes a base model.")
-        fixed = [*field_names(Rank1Config), "image_size", "max_length", "no_pretrained"]
+        fixed = [*field_names(Rank1Config), "recipe", "image_size", "max_length", "no_pretrained"]
         refuse(ctx, fixed, f"{model} is already converted, with options of its own.")
         if network.preprocessing is None:
             raise FormatError(f"{model} does not say how its inputs are made (preprocessing).")
@@ -120,7 +129,11 @@ def finetune(
             options = {"max_length": max_length, "pair": splits.text_pair_column is not None}
         preprocessing = inputs_of(network, base, splits.kind, trust_remote_code=trust_remote_code, **options)
         if deterministic:
-            refuse(ctx, field_names(Rank1Config), "has no meaning with --deterministic, which adds no factors.")
+            refuse(
+                ctx,
+                [*field_names(Rank1Config), "recipe"],
+                "has no meaning with --deterministic, which adds no factors.",
+            )
         else:
             network = bayesify(network, rank1)
             network.origin = origin_of(network.model, base)
@@ -173,6 +186,22 @@ def finetune(
         f"Model: {output}. Log: {output / 'log.jsonl'}."
         + (f" Report on the {measured} split: {output / 'report.md'}." if report else "")
     )
+
+
+def _from_recipe(
+    ctx: typer.Context, name: str, rank1: Rank1Config, tuning: FineTuneConfig
+) -> tuple[Rank1Config, FineTuneConfig]:
+    """The options of a recipe, but for those that were typed."""
+    from bayesify.recipes import override, recipe
+
+    chosen = recipe(name)
+    typed = {
+        field: getattr(config, field)
+        for config in (rank1, tuning)
+        for field in field_names(type(config))
+        if given(ctx, field)
+    }
+    return override(chosen.rank1, typed), override(chosen.tuning, typed)
 
 
 def _check_folder(output: Path, resume: bool) -> bool:

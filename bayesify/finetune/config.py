@@ -12,11 +12,14 @@ from bayesify.objective import Likelihood
 
 Trained = Literal["factors", "all"]
 OptimizerName = Literal["adamw", "sgd"]
+ScheduleName = Literal["cosine", "linear", "constant", "steps"]
+Decayed = Literal["kernels", "biases", "norms"]
 Precision = Literal["no", "bf16", "fp16"]
 
 _CHOICES = {
     "train": get_args(Trained),
     "optimizer": get_args(OptimizerName),
+    "schedule": get_args(ScheduleName),
     "expand": get_args(Expansion),
     "likelihood": get_args(Likelihood),
     "precision": get_args(Precision),
@@ -39,11 +42,20 @@ class FineTuneConfig:
         norms_and_biases: with train="factors", also train norms and biases (all one-dimensional weights).
         expand: "replicate" shows every example to every member; "partition" gives each member B/K of the batch.
         likelihood: "average" of the members' log-likelihoods, or of the "mixture".
-        kl_annealing: fraction of the steps over which the weight of the KL rises linearly to 1.
-        optimizer: "adamw" or "sgd" (Nesterov momentum 0.9).
-        learning_rate: peak learning rate of slow weights; the schedule is linear warm-up, then cosine to zero.
+        train_samples: draws of the factors for each row and step; the losses of several are averaged, one forward each.
+        kl_annealing: the weight of the KL rises linearly to 1 over this fraction of the steps; beyond 1 it ends lower.
+        kl_temperature: multiplies the KL once more; below 1 the posterior is colder. 1, as published, is the bound.
+        optimizer: "adamw" or "sgd" (with Nesterov momentum).
+        momentum: of SGD.
+        learning_rate: peak learning rate of slow weights.
         factor_lr_multiplier: the factors' learning rate is this many times larger.
-        weight_decay: of slow matrices and kernels; never of factors, norms or biases.
+        weight_decay: of the slow weights that `weight_decay_on` names; never of factors or what else members have of
+            their own. It adds weight_decay times the weight to SGD's gradient, twice the factor of a penalty θ².
+        weight_decay_on: kinds of slow weights that decay: "kernels" (of two dimensions and more), "biases" of linear
+            maps, "norms" (all other vectors).
+        schedule: after a linear warm-up, "cosine" or "linear" to zero, "constant", or "steps" down at the milestones.
+        milestones: fractions of the steps at which schedule="steps" multiplies the learning rate.
+        decay_factor: by which it does.
         warmup: fraction of the steps with rising learning rate.
         clip_norm: largest norm of the gradient; `None` does not clip.
         precision: autocast to "bf16" or "fp16" (the latter on GPUs only), or "no".
@@ -64,11 +76,18 @@ class FineTuneConfig:
     norms_and_biases: bool = False
     expand: Expansion = "replicate"
     likelihood: Likelihood = "average"
+    train_samples: int = 1
     kl_annealing: float = 0.67
+    kl_temperature: float = 1.0
     optimizer: OptimizerName = "adamw"
+    momentum: float = 0.9
     learning_rate: float = 3e-4
     factor_lr_multiplier: float = 10.0
     weight_decay: float = 0.01
+    weight_decay_on: tuple[Decayed, ...] = ("kernels",)
+    schedule: ScheduleName = "cosine"
+    milestones: tuple[float, ...] = ()
+    decay_factor: float = 0.1
     warmup: float = 0.1
     clip_norm: float | None = 1.0
     precision: Precision = "no"
@@ -80,27 +99,40 @@ class FineTuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("train_also", "trackers"):
+        for name in ("train_also", "trackers", "weight_decay_on", "milestones"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            object.__setattr__(self, name, (value,) if isinstance(value, (str, float)) else tuple(value))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is unknown; expected one of {', '.join(map(repr, choices))}."
                 )
-        for name in ("epochs", "batch_size", "accumulation", "log_every", "steps", "eval_every", "eval_samples"):
+        for kind in self.weight_decay_on:
+            if kind not in get_args(Decayed):
+                raise ConfigError(
+                    f"weight_decay_on={kind!r} is unknown; expected some of {', '.join(map(repr, get_args(Decayed)))}."
+                )
+        counts = ("epochs", "batch_size", "accumulation", "log_every", "steps", "eval_every", "eval_samples")
+        for name in (*counts, "train_samples"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a positive integer; found {value!r}.")
-        for name in ("kl_annealing", "warmup"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name} is a fraction of the steps, from 0 to 1; found {getattr(self, name)!r}.")
-        for name in ("learning_rate", "factor_lr_multiplier", "clip_norm"):
+        for name, value in (("warmup", self.warmup), *(("milestones", value) for value in self.milestones)):
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name} is a fraction of the steps, from 0 to 1; found {value!r}.")
+        if (self.schedule == "steps") != bool(self.milestones):
+            raise ConfigError(
+                f"schedule='steps' and milestones go together; found schedule={self.schedule!r} and "
+                f"milestones={self.milestones}."
+            )
+        if not 0.0 <= self.momentum < 1.0:
+            raise ConfigError(f"momentum must be in [0, 1); found {self.momentum!r}.")
+        for name in ("learning_rate", "factor_lr_multiplier", "clip_norm", "decay_factor"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < float("inf"):
                 raise ConfigError(f"{name} must be positive; found {value!r}.")
-        for name in ("weight_decay", "workers"):
-            if getattr(self, name) < 0:
+        for name in ("weight_decay", "workers", "kl_annealing", "kl_temperature"):
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must not be negative; found {getattr(self, name)!r}.")
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from bayesify.added import Added
 from bayesify.errors import ConfigError
 from bayesify.finetune.config import FineTuneConfig
 from bayesify.graph.sites import matches
+from bayesify.layers import rank1_class
 from bayesify.model import BayesianModel
 
 
@@ -50,23 +53,37 @@ def head_parameters(model: nn.Module) -> set[str]:
 
 
 def parameter_groups(model: nn.Module, config: FineTuneConfig) -> list[dict[str, Any]]:
-    """Factors (own learning rate, no decay), slow matrices (decay), slow vectors (none)."""
-    factors: list[nn.Parameter] = []
+    """Factors (own learning rate), what else members have of their own, and slow weights by kind, which may decay.
+
+    Kinds go by meaning: kernels are matrices and more, biases the vectors of linear maps, norms all other vectors.
+    """
+    kinds: dict[str, list[nn.Parameter]] = {"factors": [], "members": [], "kernels": [], "biases": [], "norms": []}
+    factors: set[int] = set()
     if isinstance(model, BayesianModel):
-        factors = [p for _, _, factor in model.factors() for p in factor.parameters() if p.requires_grad]
-    fast = {id(p) for p in factors}
-    slow = [p for p in model.parameters() if p.requires_grad and id(p) not in fast]
+        factors = {id(p) for _, _, factor in model.factors() for p in factor.parameters()}
+    added = {id(p) for m in model.modules() if isinstance(m, Added) for p in m.parameters()}
+    biases = {
+        id(p) for m in model.modules() if rank1_class(type(m)) for p in m.parameters(recurse=False) if p.dim() <= 1
+    }
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in added:
+            kind = "factors" if id(parameter) in factors else "members"
+        else:
+            kind = "kernels" if parameter.dim() > 1 else "biases" if id(parameter) in biases else "norms"
+        kinds[kind].append(parameter)
+    rates = {"factors": config.learning_rate * config.factor_lr_multiplier}
     groups = [
         {
-            "name": "factors",
-            "params": factors,
-            "lr": config.learning_rate * config.factor_lr_multiplier,
-            "weight_decay": 0.0,
-        },
-        {"name": "matrices", "params": [p for p in slow if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"name": "vectors", "params": [p for p in slow if p.dim() <= 1], "weight_decay": 0.0},
+            "name": kind,
+            "params": parameters,
+            "lr": rates.get(kind, config.learning_rate),
+            "weight_decay": config.weight_decay if kind in config.weight_decay_on else 0.0,
+        }
+        for kind, parameters in kinds.items()
+        if parameters
     ]
-    groups = [{"lr": config.learning_rate, **group} for group in groups if group["params"]]
     if not groups:
         raise ConfigError("no parameter of the model requires a gradient, so there is nothing to train.")
     return groups
@@ -75,5 +92,22 @@ def parameter_groups(model: nn.Module, config: FineTuneConfig) -> list[dict[str,
 def make_optimizer(model: nn.Module, config: FineTuneConfig) -> torch.optim.Optimizer:
     groups = parameter_groups(model, config)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
     return torch.optim.AdamW(groups)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: FineTuneConfig, total_steps: int) -> LRScheduler:
+    """Linear warm-up, then the schedule of the config."""
+    from transformers import get_scheduler
+
+    warmup = round(config.warmup * total_steps)
+    if config.schedule == "steps":
+        milestones = [round(fraction * total_steps) for fraction in config.milestones]
+
+        def factor(step: int) -> float:
+            rising = min(1.0, step / warmup) if warmup else 1.0
+            return rising * config.decay_factor ** sum(step >= milestone for milestone in milestones)
+
+        return LambdaLR(optimizer, factor)
+    name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)

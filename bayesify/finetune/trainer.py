@@ -30,7 +30,7 @@ from bayesify.finetune.checkpoint import (
     trained_state,
 )
 from bayesify.finetune.config import FineTuneConfig
-from bayesify.finetune.groups import make_optimizer, select_trained
+from bayesify.finetune.groups import make_optimizer, make_schedule, select_trained
 from bayesify.finetune.log import TrainingLog
 from bayesify.model import BayesianModel
 from bayesify.objective import ELBO, ELBOTerms, unit_normal_nll
@@ -116,18 +116,15 @@ class FineTuner:
                 parameter.requires_grad_(flag)
 
     def _fit(self, resume: bool) -> FineTuneResult:
-        from transformers import get_cosine_schedule_with_warmup
-
         config, accelerator = self.config, self.accelerator
         set_seed(config.seed, device_specific=True)
         select_trained(self.model, config)
         bayesian = isinstance(self.model, BayesianModel)
         self.model.to(accelerator.device)
         optimizer = make_optimizer(self.model, config)
-        warmup = round(config.warmup * self.total_steps)
         progress: dict[str, Any] = {"step": 0, "best_nll": None, "best_step": None}
         best: dict[str, Tensor] = {}
-        scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, self.total_steps)
+        scheduler = make_schedule(optimizer, config, self.total_steps)
         if resume:
             progress, best = self._restore(optimizer)
             scheduler.load_state_dict(progress["scheduler"])
@@ -182,15 +179,18 @@ class FineTuner:
             self.model.eval()
 
     def _step(self, model: nn.Module, optimizer: Any, objective: Any, batches: Any, step: int) -> dict[str, float]:
-        """One optimizer step over `accumulation` batches; the means of its numbers."""
+        """One optimizer step: `accumulation` batches, `train_samples` draws of each; the means of its numbers."""
         config, accelerator = self.config, self.accelerator
         totals: dict[str, float] = {"loss": 0.0, "nll": 0.0, "kl": 0.0, "kl_weight": 0.0}
-        for number in range(config.accumulation):
-            args, kwargs, labels = split_batch(send_to_device(next(batches), accelerator.device))
+        forwards = config.accumulation * config.train_samples
+        args, kwargs, labels = (), {}, None
+        for number in range(forwards):
+            if number % config.train_samples == 0:
+                args, kwargs, labels = split_batch(send_to_device(next(batches), accelerator.device))
             if labels is None:
                 raise DataError("a training batch has no labels; expected (inputs, labels) or a mapping with 'labels'.")
             own_loss = _has_own_loss(kwargs, labels)
-            last = number == config.accumulation - 1
+            last = number == forwards - 1
             with nullcontext() if last else accelerator.no_sync(model):
                 output = model(*args, **kwargs, labels=labels) if own_loss else model(*args, **kwargs)
                 terms: ELBOTerms = objective(output, None if own_loss else labels, step)
@@ -204,9 +204,9 @@ class FineTuner:
                         f"(nll {nll:.4g}, kl {terms.kl.item():.4g}). "
                         f"Try a lower learning_rate or factor_lr_multiplier.{kept}"
                     )
-                accelerator.backward(terms.loss / config.accumulation)
+                accelerator.backward(terms.loss / forwards)
             parts = {"loss": loss, "nll": nll, "kl": terms.kl.item(), "kl_weight": terms.weight}
-            totals = {name: totals[name] + value / config.accumulation for name, value in parts.items()}
+            totals = {name: totals[name] + value / forwards for name, value in parts.items()}
         if config.clip_norm is not None:
             norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
             totals["gradient_norm"] = float(norm) if norm is not None else math.nan
@@ -268,7 +268,13 @@ class FineTuner:
         if not isinstance(self.model, BayesianModel):
             return _cross_entropy(self.model)
         annealing = round(self.config.kl_annealing * self.total_steps)
-        return ELBO(self.model, len(self.train), annealing_steps=annealing, likelihood=self.config.likelihood)  # type: ignore[arg-type]
+        return ELBO(
+            self.model,
+            len(self.train),  # type: ignore[arg-type]
+            annealing_steps=annealing,
+            likelihood=self.config.likelihood,
+            kl_temperature=self.config.kl_temperature,
+        )
 
     @property
     def checkpoint(self) -> Path | None:

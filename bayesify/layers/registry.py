@@ -112,6 +112,8 @@ def rank1_class(cls: type[nn.Module]) -> type[Rank1Layer] | None:
     A registered type has an importable class. A subclass of one gets its class from here: its nearest registered
     ancestor says where the channels are, and its own forward runs between the two multiplications.
     """
+    if issubclass(cls, Rank1Layer):
+        return cls
     for ancestor in cls.__mro__:
         equivalent = _TABLE.get(_full_name(ancestor))
         if equivalent is None:

@@ -120,16 +120,17 @@ def test_parameter_groups_decay_slow_matrices_only() -> None:
     config = FineTuneConfig(learning_rate=1e-3, factor_lr_multiplier=7.0, weight_decay=0.1)
     groups = {g["name"]: g for g in parameter_groups(bnn, config)}
     members = {name: {names[id(p)] for p in group["params"]} for name, group in groups.items()}
-    assert members["matrices"] == {"body.weight", "head.weight"}
-    assert members["vectors"] == {"body.bias", "norm.weight", "norm.bias", "head.bias"}
+    assert members["kernels"] == {"body.weight", "head.weight"}
+    assert members["biases"] == {"body.bias", "head.bias"}
+    assert members["norms"] == {"norm.weight", "norm.bias"}
     assert members["factors"] == {
         f"{layer}.rank1.weight.{side}.{part}" for layer in ("body", "head") for side in "sr" for part in ("loc", "rho")
     }
     assert {name: group["weight_decay"] for name, group in groups.items()} == {
-        "factors": 0.0, "matrices": 0.1, "vectors": 0.0,
+        "factors": 0.0, "kernels": 0.1, "biases": 0.0, "norms": 0.0,
     }  # fmt: skip
     assert {name: group["lr"] for name, group in groups.items()} == pytest.approx(
-        {"factors": 7e-3, "matrices": 1e-3, "vectors": 1e-3}
+        {"factors": 7e-3, "kernels": 1e-3, "biases": 1e-3, "norms": 1e-3}
     )
 
 
@@ -212,7 +213,7 @@ def test_clipping_bounds_the_first_step(clip: float | None) -> None:
 
 def test_learning_rates_follow_warm_up_and_cosine() -> None:
     result = tune(network(), steps=10, warmup=0.2, learning_rate=1e-2, factor_lr_multiplier=5.0)
-    slow = [row["learning_rate"]["matrices"] for row in result.history]
+    slow = [row["learning_rate"]["kernels"] for row in result.history]
     fast = [row["learning_rate"]["factors"] for row in result.history]
     expected = [1e-2 * min((t + 1) / 2, 0.5 * (1 + math.cos(math.pi * max(t - 1, 0) / 8))) for t in range(10)]
     assert slow == pytest.approx(expected, abs=1e-8)
@@ -399,7 +400,7 @@ SPOILED: dict[str, tuple[Any, str]] = {
     "newer-format": (_content(format=2), "format 2; expected 1"),
     "no-progress": (_content(progress={}), "checkpoint"),
     "no-scalars": (_content(scalars=None), "damaged"),
-    "other-groups": (_content(groups=[]), "0 parameter groups; expected 3"),
+    "other-groups": (_content(groups=[]), "0 parameter groups; expected 4"),
     "other-model": (_foreign("model.safetensors"), "does not belong to this model"),
     "other-best": (_foreign("best.safetensors"), "best.safetensors: does not belong to this model"),
     "other-optimizer": (_foreign("optimizer.safetensors"), "damaged|optimizer.safetensors"),
@@ -482,7 +483,7 @@ def test_data_without_labels() -> None:
         ({"epochs": 0}, "epochs must be a positive integer; found 0"),
         ({"batch_size": 1.5}, "batch_size must be a positive integer; found 1.5"),
         ({"optimizer": "lamb"}, "optimizer='lamb' is unknown; expected one of 'adamw', 'sgd'"),
-        ({"kl_annealing": 2.0}, "kl_annealing is a fraction of the steps"),
+        ({"warmup": 2.0}, "warmup is a fraction of the steps"),
         ({"learning_rate": 0.0}, "learning_rate must be positive; found 0.0"),
         ({"weight_decay": -0.1}, "weight_decay must not be negative"),
     ],
