@@ -17,7 +17,15 @@ from bayesify.errors import FormatError
 
 CONFIG_FILE = "bayesify_config.json"
 WEIGHTS_FILE = "bayesify.safetensors"
-OUR_FILES = (CONFIG_FILE, WEIGHTS_FILE, "log.jsonl", "checkpoint", "report.json", "predictions.jsonl")
+OUR_FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    "log.jsonl",
+    "checkpoint",
+    "report.json",
+    "predictions.jsonl",
+    "corruptions.jsonl",
+)
 """A folder that holds one of these was written by bayesify."""
 
 

@@ -1,4 +1,4 @@
-"""The command line: `bayesify inspect | convert | finetune | evaluate | predict | push`."""
+"""The command line: `bayesify inspect | convert | finetune | evaluate | corruptions | predict | push`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 import bayesify
 from bayesify.cli.convert import convert
+from bayesify.cli.corruptions import corruptions
 from bayesify.cli.evaluate import evaluate
 from bayesify.cli.finetune import finetune
 from bayesify.cli.inspect import inspect
@@ -34,7 +35,7 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _command in (inspect, convert, finetune, evaluate, predict, push):
+for _command in (inspect, convert, finetune, evaluate, corruptions, predict, push):
     app.command()(_command)
 
 

@@ -16,12 +16,12 @@ from bayesify.cli.common import (
     TrustRemoteCode,
     device_of,
     labeled,
+    load_baseline,
     load_with_inputs,
     say,
-    unnamed,
     with_options,
 )
-from bayesify.errors import ConfigError, DataError
+from bayesify.errors import DataError
 from bayesify.files import check_output
 
 if TYPE_CHECKING:
@@ -80,10 +80,7 @@ def evaluate(
         )
     other = None
     if baseline is not None:
-        other, _, names = load_with_inputs(baseline, trust_remote_code)
-        if len(names) != len(classes) or (names != classes and not unnamed(names)):
-            raise ConfigError(f"{baseline} and {model} have different classes, or the same in another order.")
-        other.to(where)
+        other = load_baseline(baseline, model, classes, trust_remote_code).to(where)
         name = "bayesian" if name == "bayesian" else "model"
     report = run(
         network.to(where),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +12,7 @@ from torch.utils.data import Dataset as TorchDataset
 from bayesify.data.columns import column_values
 from bayesify.data.inputs import Batch, TextPreprocessing
 from bayesify.data.preprocessing import Preprocessing
+from bayesify.data.seeding import seed_of, seeded
 from bayesify.errors import BayesifyError, DataError
 
 if TYPE_CHECKING:
@@ -100,7 +98,7 @@ class PreparedDataset(TorchDataset):
                 return self.preprocessing(value, pair), label  # type: ignore[reportCallIssue]
             if not self.training:
                 return self._transform(value), label
-            with _seeded(self.seed, self.epoch, index):
+            with seeded(self.seed, self.epoch, index):
                 return self._transform(value), label
         except Exception as error:  # decoders raise whatever the broken bytes lead to
             reason = str(error) if isinstance(error, BayesifyError) else f"{type(error).__name__}: {error}"
@@ -163,7 +161,7 @@ def make_loader(
         num_workers=workers,
         collate_fn=prepared.collate_fn,
         drop_last=drop_last,
-        generator=torch.Generator().manual_seed(_hash(seed, "workers")),
+        generator=torch.Generator().manual_seed(seed_of(seed, "workers")),
     )
 
 
@@ -178,27 +176,5 @@ class _EpochSampler(Sampler[int]):
         return len(self.prepared)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(_hash(self.seed, "order", self.prepared.epoch))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "order", self.prepared.epoch))
         yield from torch.randperm(len(self.prepared), generator=generator).tolist()
-
-
-def _hash(*parts: object) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
-
-
-@contextmanager
-def _seeded(*parts: object) -> Iterator[None]:
-    """Seed python, numpy and torch (CPU) from `parts`, and give them their states back afterwards."""
-    import numpy as np
-
-    seed = _hash(*parts)
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

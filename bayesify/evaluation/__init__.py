@@ -10,6 +10,9 @@ import torch
 
 from bayesify.errors import ConfigError, DataError
 from bayesify.evaluation.collect import collect
+from bayesify.evaluation.corrupted import CORRUPTIONS, CorruptedImages, CorruptionSet, corruption_sets
+from bayesify.evaluation.corruption_report import ALEXNET_ERRORS, BASELINE, CorruptionReport
+from bayesify.evaluation.corruptions import evaluate_corruptions
 from bayesify.evaluation.metrics import (
     METRICS,
     Metric,
@@ -22,16 +25,21 @@ from bayesify.evaluation.metrics import (
 from bayesify.evaluation.report import Evaluation
 from bayesify.evaluation.scores import Scores, score
 
-BASELINE = "deterministic"
-
 __all__ = [
+    "ALEXNET_ERRORS",
+    "CORRUPTIONS",
     "METRICS",
+    "CorruptedImages",
+    "CorruptionReport",
+    "CorruptionSet",
     "Evaluation",
     "Metric",
     "Scores",
     "classification_metrics",
     "collect",
+    "corruption_sets",
     "evaluate",
+    "evaluate_corruptions",
     "ood_metrics",
     "regression_metrics",
     "score",

@@ -34,6 +34,7 @@ METRICS: dict[str, Metric] = {
     "ece": Metric("ECE", "fraction", "down", f"mean |accuracy − confidence| over {BINS} equal-width bins"),
     "brier": Metric("Brier", "0 to 2", "down", "mean squared distance of the probabilities to the one-hot truth"),
     "aurc": Metric("AURC", "fraction", "down", "error rate among the most confident, averaged over all coverages"),
+    "auc_pr": Metric("AUC-PR", "fraction", "up", "average precision of finding class 1 by its probability"),
     "disagreement": Metric("Disagreement", "fraction", "", "share of examples on which two members differ in class"),
     "member_nll": Metric("Member NLL", "nats", "down", "NLL of a single member, averaged over members"),
     "member_accuracy": Metric(
@@ -64,7 +65,8 @@ def classification_metrics(predictive: Predictive, targets: Tensor) -> dict[str,
 
     Keys, in order (`METRICS` says what each means):
         accuracy, nll [nats], ece, brier = mean_b Σ_c (p_bc − y_bc)², aurc, disagreement (0 for K = 1),
-        member_nll [nats], member_accuracy, entropy [nats], mutual_information [nats].
+        member_nll [nats], member_accuracy, entropy [nats], mutual_information [nats];
+        for two classes that both occur also auc_pr, after aurc.
 
     Raises:
         DataError: see `score`.
@@ -83,6 +85,7 @@ def metrics_from_scores(scores: Scores) -> dict[str, float]:
         "ece": calibration_error(scores),
         "brier": float(scores.squared_error.mean()),
         "aurc": float(risk_coverage_curve(scores).mean()),
+        **_auc_pr(scores),
         "disagreement": disagreement(scores.member_predicted),
         "member_nll": -float(scores.member_log_prob.mean()),
         "member_accuracy": float((scores.member_predicted == scores.targets).double().mean()),
@@ -136,11 +139,24 @@ def ood_metrics(inside: Predictive, outside: Predictive) -> dict[str, float]:
         label = torch.arange(len(doubt)).ge(len(low)).long()
         if doubt.isnan().any():
             raise DataError(f"the {name.replace('_', ' ')} is NaN for {int(doubt.isnan().sum())} examples.")
-        # Ranks keep the order and stay in [0, 1]: torchmetrics puts scores above 1 through a sigmoid, which
-        # makes small doubts equal.
-        rank = doubt.unique(return_inverse=True)[1].double()
-        result[f"auroc_{name}"] = float(binary_auroc(rank / rank.max().clamp_min(1), label))
+        result[f"auroc_{name}"] = float(binary_auroc(_ranks(doubt), label))
     return result
+
+
+def _auc_pr(scores: Scores) -> dict[str, float]:
+    """{"auc_pr"} of two classes; nothing where one of them is absent, as precision and recall need both."""
+    from torchmetrics.functional.classification import binary_average_precision
+
+    if scores.log_odds is None or len(scores.targets.unique()) < 2:
+        return {}
+    precision = binary_average_precision(_ranks(scores.log_odds), scores.targets)
+    return {"auc_pr": float(precision)}  # type: ignore[reportArgumentType]
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks in [0, 1], ties equal: torchmetrics puts scores above 1 through a sigmoid, which makes close ones equal."""
+    rank = values.unique(return_inverse=True)[1].double()
+    return rank / rank.max().clamp_min(1)
 
 
 def calibration_error(scores: Scores) -> float:

@@ -5,7 +5,7 @@ Importing this module imports matplotlib, but not pyplot: no backend is chosen, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,52 @@ def risk_coverage(predictions: Predictions, path: str | Path) -> None:
         formatter.set_major_formatter(PercentFormatter(1))
     axis.legend(loc="upper left", fontsize=9, frameon=False)
     _tidy(axis)
+    _save(figure, path)
+
+
+def corruption_boxes(sets: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """NLL, accuracy and ECE against the severity of corruption, one box a model side by side.
+
+    A box is the spread over corruption types (median, quartiles, extremes), not over seeds; severity 0 is clean.
+
+    Args:
+        sets: rows of a `CorruptionReport`.
+        path: the PNG to write.
+    """
+    models = list(dict.fromkeys(row["model"] for row in sets))
+    severities = sorted({row["severity"] for row in sets})
+    figure = Figure(figsize=(max(5.0, 1.2 + (0.5 + 0.3 * len(models)) * len(severities)), 7.2), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True)
+    width = 0.8 / len(models)
+    for axis, (key, label) in zip(
+        axes, {"nll": "NLL [nats]", "accuracy": "accuracy", "ece": "ECE"}.items(), strict=True
+    ):
+        for index, model in enumerate(models):
+            color = LINES[index % len(LINES)]
+            for severity in severities:
+                values = [r[key] for r in sets if (r["model"], r["severity"]) == (model, severity)]
+                axis.boxplot(
+                    [value for value in values if np.isfinite(value)],
+                    positions=[severity + (index - (len(models) - 1) / 2) * width],
+                    widths=0.85 * width,
+                    whis=(0, 100),
+                    patch_artist=True,
+                    manage_ticks=False,
+                    boxprops={"facecolor": color, "edgecolor": color, "alpha": 0.45},
+                    medianprops={"color": color, "linewidth": 2},
+                    whiskerprops={"color": color},
+                    capprops={"color": color},
+                )
+        axis.set_ylabel(label)
+        _tidy(axis)
+    for axis in axes[1:]:
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axes[2].set_xticks(severities, ["clean" if severity == 0 else str(severity) for severity in severities])
+    axes[2].set_xlabel("severity (a box is the spread over corruption types, not seeds)")
+    handles = [Patch(color=LINES[i % len(LINES)], alpha=0.6, label=model) for i, model in enumerate(models)]
+    axes[0].legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(models), fontsize=9, frameon=False
+    )
     _save(figure, path)
 
 

@@ -28,6 +28,7 @@ class Scores:
         member_predicted: [K, B] int64, each member's most probable class after averaging over its samples.
         member_log_prob: [K, B] each member's log-probability of the true class, in nats, averaged likewise.
         num_classes: C.
+        log_odds: log-odds of class 1 against class 0, in nats; None unless C = 2.
     """
 
     predicted: Tensor
@@ -40,6 +41,7 @@ class Scores:
     member_predicted: Tensor
     member_log_prob: Tensor
     num_classes: int
+    log_odds: Tensor | None = None
 
     @property
     def correct(self) -> Tensor:
@@ -112,7 +114,7 @@ def _columns(predictive: Predictive, targets: Tensor) -> dict[str, Tensor]:
     probs = log_probs.exp()
     log_prob = log_probs.gather(-1, targets[:, None]).squeeze(-1)
     members = torch.stack([Predictive(one[None]).log_probs for one in predictive.outputs])
-    return {
+    columns = {
         "predicted": predicted,
         "targets": targets,
         "confidence": confidence.exp(),
@@ -123,3 +125,6 @@ def _columns(predictive: Predictive, targets: Tensor) -> dict[str, Tensor]:
         "member_predicted": members.argmax(-1),
         "member_log_prob": members.gather(-1, targets.expand(len(members), -1)[..., None]).squeeze(-1),
     }
+    if log_probs.shape[-1] == 2:
+        columns["log_odds"] = log_probs[:, 1] - log_probs[:, 0]
+    return columns

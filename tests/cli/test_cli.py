@@ -71,7 +71,7 @@ def test_processes_of_their_own(tmp_path):
 
 
 def test_every_command_has_help_with_defaults():
-    assert list(COMMANDS) == ["inspect", "convert", "finetune", "evaluate", "predict", "push"]
+    assert list(COMMANDS) == ["inspect", "convert", "finetune", "evaluate", "corruptions", "predict", "push"]
     for name in COMMANDS:
         result = run(name, "--help")
         assert result.exit_code == 0
@@ -372,6 +372,13 @@ BAD = {
     "out of distribution texts": (["evaluate", "{trained}", "{images}", "--ood", "{texts}"], "takes images"),
     "unknown ood split": (["evaluate", "{trained}", "{images}", "--ood-split", "x"], "no split 'x'"),
     "baseline with other classes": (["evaluate", "{trained}", "{images}", "--baseline", "{vit}"], "different classes"),
+    "unknown corruption": (["corruptions", "{trained}", "{images}", "--corruption", "frog"], "Did you mean fog?"),
+    "unknown severity": (["corruptions", "{trained}", "{images}", "--severity", "6", "--output", "{out}"], "found [6]"),
+    "corrupted texts": (["corruptions", "{trained}", "{texts}", "--cache", "{out}"], "takes images"),
+    "part of an mCE": (["corruptions", "{trained}", "{images}", "--mce", "--severity", "1"], "Evaluate all five"),
+    "corruptions in a foreign folder": (
+        ["corruptions", "{trained}", "{images}", "--output", "{foreign}"], "something else"
+    ),
     "bad device": (["evaluate", "{trained}", "{images}", "--device", "abacus"], "abacus"),
     "no such image": (["predict", "{trained}", "none.png"], "neither an image file"),
     "broken image": (["predict", "{trained}", "{foreign}/broken.png"], "cannot be read as an image"),

@@ -148,6 +148,29 @@ def test_a_single_example() -> None:
     assert metrics["nll"] == pytest.approx(-math.log(0.8))
 
 
+def test_auc_pr_equals_its_loop_with_ties_together() -> None:
+    chances, targets = [0.9, 0.8, 0.8, 0.6, 0.3, 0.2], [1, 0, 1, 0, 1, 0]
+    found, recalled = 0.0, 0
+    for threshold in sorted(set(chances), reverse=True):
+        hits = [y for p, y in zip(chances, targets, strict=True) if p >= threshold]
+        found += (sum(hits) - recalled) / 3 * (sum(hits) / len(hits))
+        recalled = sum(hits)
+    metrics = classification_metrics(from_probs([[1 - p, p] for p in chances]), torch.tensor(targets))
+    assert metrics["auc_pr"] == pytest.approx(found)
+    assert list(metrics).index("auc_pr") == list(metrics).index("aurc") + 1
+
+
+def test_auc_pr_sees_order_among_probabilities_that_round_to_one() -> None:
+    outputs = torch.tensor([[0.0, 60.0], [0.0, 50.0], [0.0, 40.0], [0.0, -5.0]])[None, None]
+    assert classification_metrics(Predictive(outputs), torch.tensor([1, 1, 0, 0]))["auc_pr"] == 1.0
+    assert classification_metrics(Predictive(outputs), torch.tensor([0, 0, 1, 0]))["auc_pr"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(("classes", "targets"), [(3, [0, 1, 2]), (2, [0, 0, 0]), (2, [1, 1, 1])])
+def test_auc_pr_is_left_out_where_it_has_no_meaning(classes: int, targets: list[int]) -> None:
+    assert "auc_pr" not in classification_metrics(Predictive(torch.randn(1, 1, 3, classes)), torch.tensor(targets))
+
+
 def test_auroc_known_cases() -> None:
     sure, unsure = from_probs([[0.99, 0.01]] * 4), from_probs([[0.5, 0.5]] * 3)
     assert ood_metrics(sure, unsure)["auroc_entropy"] == 1.0
