@@ -308,7 +308,10 @@ def _fold(name: str, layer: Rank1Layer, member: int) -> None:
         expected = layer(probe)
     values: dict[str, Tensor] = {}
     for weight in sites:
-        values[weight], bias = layer.with_draw(weight, 0)
+        try:
+            values[weight], bias = layer.with_draw(weight, 0)
+        except ConversionError as error:
+            raise ConversionError(f"{name}: {error}") from error
         if bias is not None:
             if getattr(layer, bias_of(weight), None) is None and isinstance(layer, nn.RNNBase):
                 raise ConversionError(f"{name}: it has no bias into which added factors could be folded.")

@@ -65,12 +65,12 @@ def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = No
     """
     plan = Plan()
     _collect_layers(model, plan)
-    candidates = list(plan.layers)
+    if config.member_batch_norm:
+        plan.norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    candidates = [*plan.layers, *plan.norms]
     _read_graphs(model, plan, inputs)
     _check_linear(plan)
     _apply_patterns(plan, config, candidates)
-    if config.member_batch_norm:
-        plan.norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and _selected(n, config)}
     if not plan.layers:
         kinds = sorted(
             {type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None}
@@ -235,11 +235,10 @@ def _apply_patterns(plan: Plan, config: Rank1Config, candidates: list[str]) -> N
         pattern = next((p for p in config.exclude if matches(name, p)), None)
         if pattern is not None:
             plan.skip(name, f"excluded by {pattern!r}")
-
-
-def _selected(name: str, config: Rank1Config) -> bool:
-    included = not config.include or any(matches(name, pattern) for pattern in config.include)
-    return included and not any(matches(name, pattern) for pattern in config.exclude)
+    for name in list(plan.norms):
+        included = not config.include or any(matches(name, pattern) for pattern in config.include)
+        if not included or any(matches(name, pattern) for pattern in config.exclude):
+            del plan.norms[name]
 
 
 def matches(name: str, pattern: str) -> bool:

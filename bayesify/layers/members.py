@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,9 @@ class MemberVector(Added):
         if not mode:
             self._members = None
         return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_members": None}
 
     def extra_repr(self) -> str:
         return f"members={self.offset.shape[0]}, size={self.offset.shape[1]}"

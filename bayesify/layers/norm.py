@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bayesify.added import Added
 from bayesify.errors import BayesifyError
 from bayesify.layers.members import MemberVector
-from bayesify.layers.registry import Rewritten, replace_class
+from bayesify.layers.registry import Rewritten, original_class, replace_class
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -58,6 +58,9 @@ class MemberNorm(Added):
             self._held = None
         return super().train(mode)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}
+
 
 class MemberBatchNorm(Rewritten):
     """A batch norm whose rows, member-major, are normalized member by member by the layer's own forward."""
@@ -88,7 +91,8 @@ class MemberBatchNorm(Rewritten):
             vector: MemberVector | None = getattr(own, name)
             if vector is not None:
                 offset = vector.offset.mean(0) if member is None else vector.offset[member]
-                affine[name] = getattr(self, name) + offset
+                shared = getattr(self, name)
+                affine[name] = (shared + offset).to(shared.dtype)
         statistics = {name: getattr(own, name) for name in _STATISTICS if getattr(own, name) is not None}
         if member is not None:
             return affine, {name: value[member] for name, value in statistics.items()}
@@ -109,15 +113,25 @@ class MemberBatchNorm(Rewritten):
             self._buffers.update(buffers)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        shared = any(f"{prefix}{name}" in state_dict for name in _STATISTICS)  # asked first: torch may add a count
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
-        if not any(key.startswith(f"{prefix}rank1.") for key in state_dict):
+        if shared and not any(key.startswith(f"{prefix}rank1.") for key in state_dict):
             self.rank1.reset(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _blank, (original_class(type(self)),), self.__dict__
 
 
 @cache
 def member_norm_class(cls: type[nn.Module]) -> type[MemberBatchNorm]:
     """The class that a batch norm layer becomes."""
     return type(f"Member{cls.__name__}", (MemberBatchNorm, cls), {"__module__": __name__})
+
+
+def _blank(cls: type[nn.Module]) -> MemberBatchNorm:
+    """A norm for pickle to fill: the class is made when needed, so that pickle does not find it by name."""
+    member = member_norm_class(cls)
+    return member.__new__(member)
 
 
 def attach_norm(layer: _BatchNorm, members: int) -> None:
