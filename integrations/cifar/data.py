@@ -11,11 +11,27 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
+from bayesify.data import ImagePreprocessing, Splits, load_data
 from bayesify.errors import DataError
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 PADDING = 4
+PREPROCESSING = ImagePreprocessing((3, 32, 32), mean=MEAN, std=STD, crop_pct=1.0)
+"""The same inputs as those of `Images` in evaluation, to the last bit, from PIL images of 32×32: nothing is resized."""
+
+
+def load_splits(source: str, label_column: str | None = None) -> Splits:
+    """`load_data`; where the Hub's CIFAR-100 leaves a choice of labels, the 100 fine ones."""
+    try:
+        splits = load_data(source, label_column=label_column)
+    except DataError as error:
+        if label_column is not None or "fine_label" not in str(error):
+            raise
+        splits = load_data(source, label_column="fine_label")
+    if splits.kind != "image" or splits.label_column is None:
+        raise DataError(f"{source} holds no labeled images.")
+    return splits
 
 
 class Images(torch.utils.data.Dataset):
@@ -27,7 +43,7 @@ class Images(torch.utils.data.Dataset):
     def __init__(self, images: Tensor, labels: Tensor, *, training: bool = False, seed: int = 0) -> None:
         self.images, self.labels = images, labels
         self.training, self.seed = training, seed
-        self.mean, self.std = (255 * torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
         self.set_epoch(0)
 
     @classmethod
@@ -54,7 +70,7 @@ class Images(torch.utils.data.Dataset):
 
     def __getitems__(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         index = torch.tensor(rows)
-        images = (self.images[index].float() - self.mean) / self.std
+        images = (self.images[index].float() / 255 - self.mean) / self.std
         if self.training:
             images = self._augment(images, index)
         return images, self.labels[index]
