@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from bayesify.config import Rank1Config
 from bayesify.errors import ConfigError
 from bayesify.finetune.config import FineTuneConfig
-
-Config = TypeVar("Config", Rank1Config, FineTuneConfig)
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,26 @@ class Recipe:
     rank1: Rank1Config
     tuning: FineTuneConfig
     source: str
+
+    def override(self, **values: Any) -> Recipe:
+        """The recipe with fields of either config replaced. Of two that set the same thing, the one given sets it.
+
+        Raises:
+            ConfigError: neither config has such a field, or the values do not go together.
+        """
+        for given, other in (("posterior_scale", "dropout_rate"), ("epochs", "steps")):
+            if given in values and other not in values:
+                values[other] = None
+        if values.get("schedule", "steps") != "steps":
+            values.setdefault("milestones", ())
+        own, theirs = ({field.name for field in dataclasses.fields(c)} for c in (self.rank1, self.tuning))
+        if unknown := sorted(values.keys() - own - theirs):
+            raise ConfigError(f"{unknown[0]!r} is no field of Rank1Config or FineTuneConfig.")
+        return dataclasses.replace(
+            self,
+            rank1=dataclasses.replace(self.rank1, **{name: values[name] for name in own & values.keys()}),
+            tuning=dataclasses.replace(self.tuning, **{name: values[name] for name in theirs & values.keys()}),
+        )
 
 
 _FROM_SCRATCH = Rank1Config(
@@ -176,14 +194,3 @@ def recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise ConfigError(f"there is no recipe {name!r}; expected one of {', '.join(RECIPES)}.")
     return RECIPES[name]
-
-
-def override(config: Config, values: dict[str, Any]) -> Config:
-    """A recipe's options with some replaced. What two options set, the one given sets alone."""
-    for given, other in (("posterior_scale", "dropout_rate"), ("epochs", "steps")):
-        if given in values and other not in values:
-            values = {**values, other: None}
-    if values.get("schedule", "steps") != "steps":
-        values = {"milestones": (), **values}
-    fields = {field.name for field in dataclasses.fields(config)}
-    return dataclasses.replace(config, **{name: value for name, value in values.items() if name in fields})

@@ -12,7 +12,7 @@ from torch import nn
 
 from bayesify import ConfigError, Rank1Config, bayesify, inspect
 from bayesify.finetune import FineTuneConfig
-from bayesify.recipes import RECIPES, override, recipe
+from bayesify.recipes import RECIPES, recipe
 
 
 def test_resnet50_has_the_published_size() -> None:
@@ -64,15 +64,19 @@ def test_last_blocks_only() -> None:
 
 
 def test_what_is_given_wins() -> None:
-    rank1, tuning = RECIPES["cifar10-gaussian"].rank1, RECIPES["cifar10-gaussian"].tuning
-    assert override(rank1, {"members": 2, "epochs": 3}) == dataclasses.replace(rank1, members=2)
-    wider = override(rank1, {"posterior_scale": 0.5})
+    base = RECIPES["cifar10-gaussian"]
+    changed = base.override(members=2, epochs=3)
+    assert changed.rank1 == dataclasses.replace(base.rank1, members=2)
+    assert changed.tuning == dataclasses.replace(base.tuning, epochs=3)
+    wider = base.override(posterior_scale=0.5).rank1
     assert (wider.spread, wider.dropout_rate) == (0.5, None)
-    assert override(tuning, {"schedule": "cosine"}).milestones == ()
-    shorter = override(RECIPES["vit-last-blocks"].tuning, {"epochs": 2})
+    assert base.override(schedule="cosine").tuning.milestones == ()
+    shorter = RECIPES["vit-last-blocks"].override(epochs=2).tuning
     assert (shorter.epochs, shorter.steps) == (2, None)
 
 
-def test_unknown_recipe() -> None:
+def test_unknown_names() -> None:
+    with pytest.raises(ConfigError, match="'member' is no field of Rank1Config or FineTuneConfig"):
+        RECIPES["cifar10-gaussian"].override(member=2)
     with pytest.raises(ConfigError, match="there is no recipe 'imagenet'; expected one of imagenet-gaussian"):
         recipe("imagenet")

@@ -192,16 +192,16 @@ def _from_recipe(
     ctx: typer.Context, name: str, rank1: Rank1Config, tuning: FineTuneConfig
 ) -> tuple[Rank1Config, FineTuneConfig]:
     """The options of a recipe, but for those that were typed."""
-    from bayesify.recipes import override, recipe
+    from bayesify.recipes import recipe
 
-    chosen = recipe(name)
     typed = {
         field: getattr(config, field)
         for config in (rank1, tuning)
         for field in field_names(type(config))
         if given(ctx, field)
     }
-    return override(chosen.rank1, typed), override(chosen.tuning, typed)
+    chosen = recipe(name).override(**typed)
+    return chosen.rank1, chosen.tuning
 
 
 def _check_folder(output: Path, resume: bool) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +25,7 @@ from torch import nn
 from bayesify import FineTuner, bayesify, evaluate
 from bayesify.data import ImagePreprocessing, load_data, prepare
 from bayesify.evaluation import corruption_sets, evaluate_corruptions
-from bayesify.recipes import RECIPES, override
+from bayesify.recipes import RECIPES, Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "integrations" / "cifar"))
 from data import MEAN, STD, Images
@@ -50,27 +49,19 @@ COLUMNS = {"nll": "NLL", "accuracy": "accuracy", "ece": "ECE", "cnll": "cNLL", "
 COLUMNS |= {"disagreement": "disagreement", "member_nll": "member NLL"}
 
 
-def build(name: str, depth: int, width: int, seed: int) -> tuple[nn.Module, dict[str, Any], int | None]:
-    """An untrained model, the options of its training, and its draws a member in evaluation."""
+def recipe_of(name: str, shared: dict[str, Any]) -> Recipe:
+    """As published, in fewer epochs of smaller batches, with the learning rate scaled by the batch."""
+    options = dict(VARIANTS[name] or {})
+    recipe = RECIPES[options.pop("recipe", "cifar10-gaussian")]
+    rate = recipe.tuning.learning_rate * shared["batch_size"] / recipe.tuning.batch_size
+    return recipe.override(**options, **shared, learning_rate=rate, warmup=0.05, log_every=100)
+
+
+def build(name: str, recipe: Recipe, depth: int, width: int, seed: int) -> nn.Module:
+    """An untrained model."""
     torch.manual_seed(seed)
     network = WideResNet(depth, width).to(memory_format=torch.channels_last)
-    options = VARIANTS[name]
-    if options is None:
-        return network, {}, None
-    recipe = RECIPES[options.get("recipe", "cifar10-gaussian")]
-    rank1 = override(recipe.rank1, options)
-    samples = None if rank1.posterior == "deterministic" else recipe.tuning.eval_samples
-    return bayesify(network, rank1), options, samples
-
-
-def train(
-    name: str, model: nn.Module, options: dict[str, Any], data: Images, seed: int, shared: dict[str, Any]
-) -> None:
-    """As the recipe says, in fewer epochs of smaller batches, with the learning rate scaled by the batch."""
-    tuning = RECIPES["cifar10-gaussian"].tuning
-    rate = tuning.learning_rate * shared["batch_size"] / tuning.batch_size
-    tuning = override(tuning, {**options, **shared, "learning_rate": rate, "warmup": 0.05, "seed": seed})
-    FineTuner(model, data, config=replace(tuning, log_every=100)).fit()
+    return network if VARIANTS[name] is None else bayesify(network, recipe.rank1)
 
 
 def measure(model: nn.Module, test: Images, corrupted: list[Any], samples: int | None) -> dict[str, float]:
@@ -124,11 +115,13 @@ def main(
     for number, (name, seed) in enumerate(missing, 1):
         console.print(f"run {number} of {len(missing)}: {name}, seed {seed}")
         started = time.perf_counter()
-        model, options, samples = build(name, depth, width, seed)
+        recipe = recipe_of(name, {**shared, "seed": seed})
+        model = build(name, recipe, depth, width, seed)
         data_of_run = Images(images.images, images.labels, training=True, seed=seed)
-        train(name, model, options, data_of_run, seed, shared)
+        FineTuner(model, data_of_run, config=recipe.tuning).fit()
         seconds = round(time.perf_counter() - started, 1)
-        metrics = measure(model, test, sets, samples)
+        random = VARIANTS[name] is not None and recipe.rank1.posterior != "deterministic"
+        metrics = measure(model, test, sets, recipe.tuning.eval_samples if random else None)
         write(
             path_of(output, name, seed),
             {"variant": name, "seed": seed, "settings": settings, "train_seconds": seconds, "metrics": metrics},

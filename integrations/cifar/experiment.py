@@ -15,7 +15,7 @@ from torch import nn
 
 from bayesify import BayesianModel, ConfigError, FineTuneConfig, FineTuner, FormatError, Rank1Config
 from bayesify.files import check_output
-from bayesify.recipes import Recipe, override
+from bayesify.recipes import Recipe
 
 
 def configure(recipe: Recipe, given: Mapping[str, Any], options: Sequence[str] = ()) -> Recipe:
@@ -36,11 +36,11 @@ def configure(recipe: Recipe, given: Mapping[str, Any], options: Sequence[str] =
             values[name] = json.loads(value)
         except ValueError:
             values[name] = value
-    tuning = override(recipe.tuning, values)
-    if "learning_rate" not in values and recipe.tuning.optimizer == "sgd":
-        images = tuning.batch_size * tuning.accumulation
-        tuning = dataclasses.replace(tuning, learning_rate=tuning.learning_rate * images / recipe.tuning.batch_size)
-    return dataclasses.replace(recipe, rank1=override(recipe.rank1, values), tuning=tuning)
+    chosen = recipe.override(**values)
+    if "learning_rate" in values or recipe.tuning.optimizer != "sgd":
+        return chosen
+    images = chosen.tuning.batch_size * chosen.tuning.accumulation
+    return chosen.override(learning_rate=chosen.tuning.learning_rate * images / recipe.tuning.batch_size)
 
 
 def has_checkpoint(output: Path, resume: bool) -> bool:
