@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -51,6 +51,36 @@ _CHOICES = {
 }
 
 
+def as_names(name: str, value: Any) -> tuple[str, ...]:
+    """A name or names as a tuple; anything else is a `ConfigError`."""
+    value = (value,) if isinstance(value, str) else value
+    if not isinstance(value, (tuple, list)) or not all(isinstance(entry, str) for entry in value):
+        raise ConfigError(f"{name} must hold names or patterns (str); found {value!r}.")
+    return tuple(value)
+
+
+def check_choices(config: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise `ConfigError` unless each field holds one of its words."""
+    for name, words in choices.items():
+        if getattr(config, name) not in words:
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} is unknown; expected one of {', '.join(map(repr, words))}."
+            )
+
+
+def check_flags(config: Any, *names: str) -> None:
+    """Raise `ConfigError` unless each field is a bool."""
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ConfigError(f"{name} must be True or False; found {getattr(config, name)!r}.")
+
+
+def check_number(name: str, value: Any, allowed: str, holds: Callable[[Any], bool]) -> None:
+    """Raise `ConfigError` unless the value is a number that holds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+        raise ConfigError(f"{name} must be {allowed}; found {value!r}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rank1Config:
     """How a network is made Bayesian.
@@ -64,7 +94,8 @@ class Rank1Config:
         prior_scale: spread of the prior; with prior="trainable-std", where it starts.
         init: where the posterior's locations start: at 1 ("ones"), drawn from N(1, init_scale²) ("normal"), or +1
             with probability sign_probability and −1 otherwise ("random-sign", as published: for training from scratch;
-            it destroys pretrained features). Added factors start around 0; positive ones at exp(N(0, init_scale²)).
+            it destroys pretrained features). Added factors start at or around 0, and have no signs; positive ones at
+            exp(N(0, init_scale²)).
         init_scale: standard deviation of that draw.
         sign_probability: probability of +1 with init="random-sign".
         posterior_scale: spread of the posterior at the start.
@@ -74,14 +105,15 @@ class Rank1Config:
             (posteriors normal and log-normal); 0.1 was published.
         perturbation: weights are multiplied by r sᵀ, y = r ∘ (W (s ∘ x)) + b ("multiplicative"), or vectors are added,
             y = W (x + s) + r + b ("additive").
-        factors: "both" scales a site's inputs (s) and outputs (r), otherwise only the one named.
+        factors: "both" perturbs a site's inputs (by s) and outputs (by r), otherwise only the one named.
         noise: one draw for each (member, example) row ("example", as published) or one for each member.
         member_bias: give every member a bias of its own at each site that has one.
         member_batch_norm: give every member scale, shift and running statistics of its own in each batch norm.
         kl_reduction: "mean" over members bounds the KL of the mixture by convexity; "sum" is what the released
             code of the paper did.
         include: patterns of site names to convert; empty means all. A pattern is a full dotted name, which
-            also selects everything beneath it, or a glob such as ``layer4.*.conv2``.
+            also selects everything beneath it, or a glob such as ``layer4.*.conv2``. They select the batch norms of
+            member_batch_norm, too.
         exclude: patterns of site names to leave alone.
 
     Source: Dusenberry et al., "Efficient and Scalable Bayesian Neural Nets with Rank-1 Factors", ICML 2020.
@@ -110,19 +142,9 @@ class Rank1Config:
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
             value = getattr(self, name)
-            if isinstance(value, str):
-                value = (value,)
-            if not all(isinstance(pattern, str) for pattern in value):
-                raise ConfigError(f"{name} must hold names or patterns (str); found {value!r}.")
-            object.__setattr__(self, name, tuple(value))
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r} is unknown; expected one of {', '.join(map(repr, choices))}."
-                )
-        for name in ("member_bias", "member_batch_norm"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False; found {getattr(self, name)!r}.")
+            object.__setattr__(self, name, as_names(name, getattr(self, name)))
+        check_choices(self, _CHOICES)
+        check_flags(self, "member_bias", "member_batch_norm")
         if isinstance(self.members, bool) or not isinstance(self.members, int) or self.members < 1:
             raise ConfigError(f"members must be a positive integer; found {self.members!r}.")
         if self.posterior_scale is not None and self.dropout_rate is not None:
@@ -137,16 +159,16 @@ class Rank1Config:
             ("prior_loc", "finite", math.isfinite),
         ):
             value = getattr(self, name)
-            if value is None and name in ("posterior_scale", "dropout_rate", "prior_loc"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
-                raise ConfigError(f"{name} must be {allowed}; found {value!r}.")
+            if value is not None or name not in ("posterior_scale", "dropout_rate", "prior_loc"):
+                check_number(name, value, allowed, holds)
         self._check_meaning()
 
     def _check_meaning(self) -> None:
         """Refuse combinations of families that have no meaning."""
         from bayesify.distributions import check_pair
 
+        if self.perturbation == "additive" and self.init == "random-sign":
+            raise ConfigError("init='random-sign' with perturbation='additive' would add ±1 to every input and output.")
         if self.posterior in POSITIVE and self.init == "random-sign":
             raise ConfigError(f"init='random-sign' starts at −1, which a {self.posterior} posterior cannot reach.")
         if self.posterior in POSITIVE and self.perturbation == "additive":

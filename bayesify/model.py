@@ -209,9 +209,8 @@ class BayesianModel(nn.Module):
         `seed` is anything with a repr; `None` means posterior means. Each member has a generator of its own, so
         its draws do not depend on which other members are computed beside it.
         """
+        self._check_converted()
         factors = [factor for _, _, factor in self.factors()]
-        if not factors:
-            raise BayesifyError("this model has been unloaded: nothing in it is Bayesian any more.")
         self._hold_members(members)
         index = range(*members.indices(self.members))
         if seed is None or not any(factor.random for factor in factors):
@@ -229,6 +228,10 @@ class BayesianModel(nn.Module):
             factor.hold(factor.transform(torch.stack(parts), members).flatten(0, 1))
         return True
 
+    def _check_converted(self) -> None:
+        if next(self.factors(), None) is None:
+            raise BayesifyError("this model has been unloaded: nothing in it is Bayesian any more.")
+
     def _hold_members(self, members: slice | None) -> None:
         """Tell what each member has of its own, besides factors, which members are computed."""
         if self.config.member_bias or self.config.member_batch_norm:
@@ -245,6 +248,7 @@ class BayesianModel(nn.Module):
         KL of the mixture) or summed ("sum", as the paper's released code). Where it is a Monte Carlo estimate, it draws
         from torch's global generator (`bayesify.distributions.kl_variance` gives its variance).
         """
+        self._check_converted()
         per_member = torch.stack([kl_divergence(factor) for _, _, factor in self.factors()]).sum(0)
         return per_member.mean() if self.config.kl_reduction == "mean" else per_member.sum()
 
@@ -271,7 +275,10 @@ class BayesianModel(nn.Module):
         return merged
 
     def unload(self) -> nn.Module:
-        """Take the factors out again, in place, and return the original network."""
+        """Take the factors out again, in place, and return the original network.
+
+        Slow weights keep what training made of them; batch norms of each member's own leave their average statistics.
+        """
         restore(list(self.model.modules()))
         return self.model
 

@@ -88,6 +88,11 @@ class ELBO:
             loss = getattr(output, "loss", None)
             if loss is None:
                 raise DataError("the batch has no targets and the model's output has no loss; give one of them.")
+            if self.likelihood == "mixture" and self.model.members > 1:
+                raise ConfigError(
+                    "likelihood='mixture' needs the members' outputs, but the network gave its own loss, which is "
+                    "their average; use likelihood='average'."
+                )
             return loss
         logits = Rows(self.model.model).outputs(output).float()
         members = self.model.members
@@ -97,16 +102,28 @@ class ELBO:
                 f"outputs of {logits.shape[0]} rows do not fit {targets.shape[0]} targets and {members} members "
                 f"({'partitioned' if partitioned else 'replicated'})."
             )
+        average = self.likelihood == "average" or members == 1
+        if not average and partitioned:
+            raise ConfigError("likelihood='mixture' needs every member to see every example; use expand='replicate'.")
         if resolve_task(logits, self.model.task) == "regression":
             target = targets if partitioned else expand_rows(targets, members)
-            return unit_normal_nll(F.mse_loss(logits, target.view_as(logits).float()))
+            error = (logits - target.view_as(logits).float()).square()
+            return unit_normal_nll(error.mean() if average else _mixture_error(error, members))
         check_labels(targets, logits.shape[-1])
-        if self.likelihood == "average" or members == 1:
+        if average:
             target = targets if partitioned else expand_rows(targets, members)
             return F.cross_entropy(logits.flatten(0, -2), target.flatten())
-        if partitioned:
-            raise ConfigError("likelihood='mixture' needs every member to see every example; use expand='replicate'.")
         return F.nll_loss(mean_log_probs(logits, members).flatten(0, -2), targets.flatten())
+
+
+def _mixture_error(error: Tensor, members: int) -> Tensor:
+    """The squared error, a scalar, with which one unit normal would have the likelihood of the members' mixture.
+
+    error: [K·B, ...] squared errors. The mixture is over whole members, its log-likelihood a mean over outputs.
+    """
+    outputs = error[0].numel()
+    log_likelihood = -error.reshape(members, -1, outputs).sum(-1) / 2
+    return -2 * (log_likelihood.logsumexp(0) - math.log(members)).mean() / outputs
 
 
 def unit_normal_nll(squared_error: Tensor) -> Tensor:

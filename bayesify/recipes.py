@@ -136,11 +136,12 @@ RECIPES: dict[str, Recipe] = {
             clip_norm=None,
             eval_samples=5,
         ),
-        "Public code, chosen there by the score of the country-shift task; its single sigmoid output is two classes "
-        "here, and its weighting of the classes within a batch is left out. The weight of the KL ends at 0.45.",
+        "Public code, chosen there by the score of the country-shift task. There biases and norms learn at the factors'"
+        " rate, too. Its single sigmoid output is two classes here, and its weighting of the classes within a batch is "
+        "left out. The weight of the KL ends at 0.45.",
     ),
     "vit-last-blocks": Recipe(
-        "vit_large_patch32 (timm), 24 blocks",
+        "vit_large_patch32_224 (timm), with a head",
         Rank1Config(
             members=3,
             init="normal",
@@ -167,8 +168,8 @@ RECIPES: dict[str, Recipe] = {
             eval_samples=1,
         ),
         "Public code: fine-tuning on CIFAR, one of the learning rates swept there. It started from a BatchEnsemble "
-        "checkpoint, added the KL without dividing by the number of examples, which is not repeated here, and had a "
-        "representation layer that timm's networks lack.",
+        "checkpoint, had plain momentum and a representation layer that timm's networks lack, and added the KL without "
+        "dividing by the number of examples, which is not repeated here.",
     ),
     "mimic3-gaussian": Recipe(
         "LSTM",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bayesify import ELBO, BayesianModel, ConfigError, DataError, bayesify
+from bayesify import ELBO, BayesianModel, BayesifyError, ConfigError, DataError, bayesify
 
 K, B, C = 3, 4, 5
 
@@ -177,3 +177,36 @@ def test_rows_that_do_not_fit_the_targets() -> None:
 def test_objective_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ELBO(network(), **options)
+
+
+def test_mixture_of_regressions_by_hand() -> None:
+    """−mean_b log (1/K) Σ_k N(y_b; f_k(x_b), I), a mean over the outputs."""
+    torch.manual_seed(0)
+    bnn = bayesify(torch.nn.Linear(3, 2), members=3, task="regression").train()
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    output = bnn(x).detach()
+    normal = torch.distributions.Independent(torch.distributions.Normal(output.view(3, 4, 2), 1.0), 1)
+    expected = -(normal.log_prob(y).logsumexp(0) - math.log(3)).mean() / 2
+    found = ELBO(bnn, 4, likelihood="mixture")(output, y).nll
+    torch.testing.assert_close(found, expected)
+    average = ELBO(bnn, 4)(output, y).nll
+    torch.testing.assert_close(average, -normal.log_prob(y).mean() / 2)
+    assert found < average
+
+
+def test_mixture_cannot_be_made_of_a_loss() -> None:
+    bnn = bayesify(torch.nn.Linear(3, 2), members=2)
+
+    class Output:
+        loss = torch.ones(())
+
+    with pytest.raises(ConfigError, match="gave its own loss"):
+        ELBO(bnn, 4, likelihood="mixture")(Output())
+    assert float(ELBO(bnn, 4)(Output()).nll) == 1.0
+
+
+def test_kl_of_an_unloaded_model_says_so() -> None:
+    bnn = bayesify(torch.nn.Linear(3, 2), members=2)
+    bnn.unload()
+    with pytest.raises(BayesifyError, match="this model has been unloaded"):
+        bnn.kl()

@@ -88,7 +88,8 @@ def with_options(**panels: str) -> Callable[[Callable[..., None]], Callable[...,
     """Give a command one option for each field of its dataclass parameters.
 
     Type, default and help of an option are the field's (its text in the class's docstring), so the command line
-    cannot say anything else than Python does. The command gets the object.
+    cannot say anything else than Python does. The command gets the object. A parameter `recipe` of the command names
+    the options that stand where none is typed.
 
     Args:
         panels: {parameter: heading of its options in the help}.
@@ -107,9 +108,17 @@ def with_options(**panels: str) -> Callable[[Callable[..., None]], Callable[...,
 
         @functools.wraps(function)
         def command(**values: Any) -> None:
+            recipe = values.get("recipe")
+            typed: dict[str, Any] = {}
             for name, cls in groups.items():
                 fields = dataclasses.fields(cls)
-                values[name] = cls(**{field.name: _value(field, values.pop(field.name)) for field in fields})
+                own = {field.name: _value(field, values.pop(field.name)) for field in fields}
+                if recipe is None:
+                    values[name] = cls(**own)
+                else:
+                    typed |= {field: value for field, value in own.items() if given(values["ctx"], field)}
+            if recipe is not None:
+                values |= _from_recipe(recipe, typed, groups)
             function(**values)
 
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -118,15 +127,26 @@ def with_options(**panels: str) -> Callable[[Callable[..., None]], Callable[...,
     return decorate
 
 
+def _from_recipe(name: str, typed: dict[str, Any], groups: dict[str, Any]) -> dict[str, Any]:
+    """The objects of a recipe, with the typed options in it, and of the other groups."""
+    from bayesify.recipes import recipe
+
+    configs = {"rank1", "tuning"} & groups.keys()
+    others = {group: set(field_names(cls)) for group, cls in groups.items() if group not in configs}
+    elsewhere = set().union(*others.values())
+    chosen = recipe(name).override(**{field: value for field, value in typed.items() if field not in elsewhere})
+    rest = {group: groups[group](**{f: v for f, v in typed.items() if f in names}) for group, names in others.items()}
+    return {config: getattr(chosen, config) for config in configs} | rest
+
+
 def _options(cls: Any, panel: str) -> list[inspect.Parameter]:
     hints, texts = get_type_hints(cls), _texts(cls)
     parameters = []
     for field in dataclasses.fields(cls):
         kind, optional = _without_none(hints[field.name])
         default = field.default
-        text = (
-            texts.get(field.name, "").replace("`None`", "leaving it out" if default is None else "0").replace("`", "")
-        )
+        text = texts.get(field.name, "").replace("`None`", "0" if _zero_is_none(field) else "leaving it out")
+        text = text.replace("`", "")
         details: dict[str, Any] = {"help": text, "rich_help_panel": panel}
         if get_origin(kind) is Literal:
             details["metavar"] = "|".join(get_args(kind))
@@ -137,6 +157,8 @@ def _options(cls: Any, panel: str) -> list[inspect.Parameter]:
         elif optional:
             kind = kind | None
         flag = flag_of(field.name)
+        if kind is bool:
+            flag = f"{flag}/--no-{flag[2:]}"
         annotation = Annotated[kind, typer.Option(flag, **details)]
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -154,8 +176,13 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
 def _value(field: dataclasses.Field[Any], value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
-    nullable = "None" in str(field.type) and field.default is not None
-    return None if nullable and value == 0 else value
+    return None if value == 0 and _zero_is_none(field) else value
+
+
+def _zero_is_none(field: dataclasses.Field[Any]) -> bool:
+    """Whether 0, which would have no meaning, stands for None on the command line."""
+    kind = str(field.type)
+    return "None" in kind and ("int" in kind or field.default is not None)
 
 
 def _texts(cls: Any) -> dict[str, str]:

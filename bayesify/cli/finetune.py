@@ -15,7 +15,6 @@ from bayesify.cli.common import (
     TrustRemoteCode,
     classes_of,
     field_names,
-    given,
     inputs_of,
     labeled,
     new_output,
@@ -90,8 +89,6 @@ def finetune(
 
     On several GPUs: accelerate launch -m bayesify finetune ...
     """
-    if recipe is not None:
-        rank1, tuning = _from_recipe(ctx, recipe, rank1, tuning)
     checkpoint = _check_folder(output, resume)
     import torch
 
@@ -186,22 +183,6 @@ def finetune(
         f"Model: {output}. Log: {output / 'log.jsonl'}."
         + (f" Report on the {measured} split: {output / 'report.md'}." if report else "")
     )
-
-
-def _from_recipe(
-    ctx: typer.Context, name: str, rank1: Rank1Config, tuning: FineTuneConfig
-) -> tuple[Rank1Config, FineTuneConfig]:
-    """The options of a recipe, but for those that were typed."""
-    from bayesify.recipes import recipe
-
-    typed = {
-        field: getattr(config, field)
-        for config in (rank1, tuning)
-        for field in field_names(type(config))
-        if given(ctx, field)
-    }
-    chosen = recipe(name).override(**typed)
-    return chosen.rank1, chosen.tuning
 
 
 def _check_folder(output: Path, resume: bool) -> bool:

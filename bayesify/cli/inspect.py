@@ -70,4 +70,4 @@ def inspect(
         return
     Console().print(report)
     if check:
-        say("Checked: at factors of 1 every member reproduces the network, and every site is reached.")
+        say("Checked: with factors that change nothing every member reproduces the network, and every site is reached.")

@@ -100,10 +100,10 @@ def kl_variance(factor: Factor, draws: int = 4096) -> Tensor:
 
 
 def check_pair(posterior: str, prior: str, prior_loc: float) -> None:
-    """Raise `ConfigError` if the KL of this posterior to this prior is infinite or undefined."""
+    """Raise `ConfigError` if this posterior and this prior do not go together."""
     entry = _TABLE[POSTERIORS[posterior], PRIORS[prior]]
     if entry.kind == "refused":
-        raise ConfigError(f"a {posterior} posterior has no finite KL to a {prior} prior: {entry.reason}")
+        raise ConfigError(f"a {posterior} posterior and a {prior} prior do not go together: {entry.reason}")
     if prior == "half-cauchy" and prior_loc > 0 and entry.kind != "zero":
         raise ConfigError(
             f"a half-cauchy prior that starts at {prior_loc} leaves out posterior mass between 0 and there; "
@@ -212,9 +212,12 @@ def _enter(
             _TABLE[posterior, prior] = Entry(kind, formula, reason)
 
 
-_enter(_POINTS, PRIORS.values(), "zero", _zero)
+_enter(_POINTS, [p for p in PRIORS.values() if p is not TrainableStdPrior], "zero", _zero)
+_enter(
+    _POINTS, [TrainableStdPrior], "refused", None, "a point mass charges nothing from which a scale could be learned."
+)
 _enter((*_NORMALS, LogNormalFactor, CauchyFactor, HalfCauchyFactor), [UniformPrior], "closed form", _to_uniform)
-_enter((*_NORMALS, LogNormalFactor), _NORMAL_PRIORS, "closed form", _to_normal)
+_enter((*_NORMALS, LogNormalFactor), [NormalPrior, TrainableStdPrior, TiedMeanPrior], "closed form", _to_normal)
 _enter((*_NORMALS, LogNormalFactor), [EmpiricalBayesPrior], "closed form", _to_empirical_bayes)
 _enter([LogNormalFactor], [LogNormalPrior], "closed form", _log_normals)
 _enter([CauchyFactor], [CauchyPrior], "closed form", _cauchys)

@@ -240,7 +240,8 @@ class HalfCauchyFactor(CauchyFactor):
 
     def __init__(self, init: Tensor, spread: float, prior: Prior, jitter: float = 0.0) -> None:
         Factor.__init__(self, init, spread, prior)
-        self.lower = nn.Parameter(init + torch.log(-torch.expm1(-init)))
+        start = (init - spread).clamp_min(1e-3)  # so that the median is at init
+        self.lower = nn.Parameter(start + torch.log(-torch.expm1(-start)))
         self.rho = nn.Parameter(self._start(init, spread, 0.0))
 
     @property
@@ -272,7 +273,9 @@ class MixtureOfDeltasFactor(Factor):
         super().__init__(init, spread, prior)
         points = init.expand(self.POINTS, *init.shape).clone()
         if init.device.type != "meta":
-            points += spread * torch.randn(points.shape).to(init.device)
+            noise = torch.randn(points.shape)
+            noise = (noise - noise.mean(0)) * math.sqrt(self.POINTS / (self.POINTS - 1))
+            points += spread * noise.to(init.device)
         self.points = nn.Parameter(points)
 
     @property

@@ -213,7 +213,7 @@ def check_reference(
     if set(severities) != set(SEVERITIES):
         raise ConfigError(
             f"the mCE is a mean over the severities 1 to 5; found {list(severities)}. "
-            "Evaluate all five, or leave reference_errors out."
+            "Evaluate all five, or do not ask for it."
         )
 
 

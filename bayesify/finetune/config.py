@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from bayesify.config import as_names, check_choices, check_flags, check_number
 from bayesify.errors import ConfigError
 from bayesify.model import Expansion
 from bayesify.objective import Likelihood
@@ -24,6 +26,8 @@ _CHOICES = {
     "likelihood": get_args(Likelihood),
     "precision": get_args(Precision),
 }
+
+_OPTIONAL_COUNTS = ("steps", "eval_every", "eval_samples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +53,10 @@ class FineTuneConfig:
         momentum: of SGD.
         learning_rate: peak learning rate of slow weights.
         factor_lr_multiplier: the factors' learning rate is this many times larger.
-        weight_decay: of the slow weights that `weight_decay_on` names; never of factors or what else members have of
-            their own. It adds weight_decay times the weight to SGD's gradient, twice the factor of a penalty θ².
-        weight_decay_on: kinds of slow weights that decay: "kernels" (of two dimensions and more), "biases" of linear
-            maps, "norms" (all other vectors).
+        weight_decay: of the kinds of weights that `weight_decay_on` names, never of factors. It adds weight_decay times
+            the weight to SGD's gradient, twice the factor of a penalty θ².
+        weight_decay_on: kinds of weights that decay: "kernels" (of two dimensions and more), "biases" (vectors beside a
+            kernel), "norms" (all other vectors). What a member has of its own decays with its kind, to what all share.
         schedule: after a linear warm-up, "cosine" or "linear" to zero, "constant", or "steps" down at the milestones.
         milestones: fractions of the steps at which schedule="steps" multiplies the learning rate.
         decay_factor: by which it does.
@@ -99,41 +103,42 @@ class FineTuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("train_also", "trackers", "weight_decay_on", "milestones"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, (str, float)) else tuple(value))
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r} is unknown; expected one of {', '.join(map(repr, choices))}."
-                )
+        for name in ("train_also", "trackers", "weight_decay_on"):
+            object.__setattr__(self, name, as_names(name, getattr(self, name)))
+        milestones = self.milestones if isinstance(self.milestones, (tuple, list)) else (self.milestones,)
+        object.__setattr__(self, "milestones", tuple(milestones))
+        check_choices(self, _CHOICES)
+        check_flags(self, "norms_and_biases")
         for kind in self.weight_decay_on:
             if kind not in get_args(Decayed):
                 raise ConfigError(
                     f"weight_decay_on={kind!r} is unknown; expected some of {', '.join(map(repr, get_args(Decayed)))}."
                 )
-        counts = ("epochs", "batch_size", "accumulation", "log_every", "steps", "eval_every", "eval_samples")
-        for name in (*counts, "train_samples"):
+        for name in ("epochs", "batch_size", "accumulation", "train_samples", "log_every", *_OPTIONAL_COUNTS):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            # A recipe that counts in steps may be asked for epochs, and the other way round.
+            if value is None and (name in _OPTIONAL_COUNTS or (name == "epochs" and self.steps is not None)):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer; found {value!r}.")
+        if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 0:
+            raise ConfigError(f"workers must be an integer and not negative; found {self.workers!r}.")
         for name, value in (("warmup", self.warmup), *(("milestones", value) for value in self.milestones)):
-            if not 0.0 <= value <= 1.0:
-                raise ConfigError(f"{name} is a fraction of the steps, from 0 to 1; found {value!r}.")
+            check_number(name, value, "a fraction of the steps, from 0 to 1", lambda v: 0.0 <= v <= 1.0)
+        for name in ("learning_rate", "factor_lr_multiplier", "decay_factor"):
+            check_number(name, getattr(self, name), "positive", lambda v: 0.0 < v < math.inf)
+        if self.clip_norm is not None:
+            check_number("clip_norm", self.clip_norm, "positive", lambda v: 0.0 < v < math.inf)
+        for name in ("weight_decay", "kl_annealing", "kl_temperature"):
+            check_number(name, getattr(self, name), "finite and not negative", lambda v: 0.0 <= v < math.inf)
+        check_number("momentum", self.momentum, "in [0, 1)", lambda v: 0.0 <= v < 1.0)
         if (self.schedule == "steps") != bool(self.milestones):
             raise ConfigError(
                 f"schedule='steps' and milestones go together; found schedule={self.schedule!r} and "
                 f"milestones={self.milestones}."
             )
-        if not 0.0 <= self.momentum < 1.0:
-            raise ConfigError(f"momentum must be in [0, 1); found {self.momentum!r}.")
-        for name in ("learning_rate", "factor_lr_multiplier", "clip_norm", "decay_factor"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 < value < float("inf"):
-                raise ConfigError(f"{name} must be positive; found {value!r}.")
-        for name in ("weight_decay", "workers", "kl_annealing", "kl_temperature"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must not be negative; found {getattr(self, name)!r}.")
+        if self.likelihood == "mixture" and self.expand == "partition":
+            raise ConfigError("likelihood='mixture' needs every member to see every example; use expand='replicate'.")
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from bayesify.added import Added
+from bayesify.distributions import Factor, Prior
 from bayesify.errors import ConfigError
 from bayesify.finetune.config import FineTuneConfig
 from bayesify.graph.sites import matches
-from bayesify.layers import rank1_class
+from bayesify.layers import MemberNorm, MemberVector, Site
 from bayesify.model import BayesianModel
 
 
@@ -53,26 +53,12 @@ def head_parameters(model: nn.Module) -> set[str]:
 
 
 def parameter_groups(model: nn.Module, config: FineTuneConfig) -> list[dict[str, Any]]:
-    """Factors (own learning rate), what else members have of their own, and slow weights by kind, which may decay.
-
-    Kinds go by meaning: kernels are matrices and more, biases the vectors of linear maps, norms all other vectors.
-    """
-    kinds: dict[str, list[nn.Parameter]] = {"factors": [], "members": [], "kernels": [], "biases": [], "norms": []}
-    factors: set[int] = set()
-    if isinstance(model, BayesianModel):
-        factors = {id(p) for _, _, factor in model.factors() for p in factor.parameters()}
-    added = {id(p) for m in model.modules() if isinstance(m, Added) for p in m.parameters()}
-    biases = {
-        id(p) for m in model.modules() if rank1_class(type(m)) for p in m.parameters(recurse=False) if p.dim() <= 1
-    }
+    """Factors, with their own learning rate and no decay, and all other weights by kind, which may decay."""
+    kinds: dict[str, list[nn.Parameter]] = {"factors": [], "kernels": [], "biases": [], "norms": []}
+    kind_of = _kinds(model)
     for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) in added:
-            kind = "factors" if id(parameter) in factors else "members"
-        else:
-            kind = "kernels" if parameter.dim() > 1 else "biases" if id(parameter) in biases else "norms"
-        kinds[kind].append(parameter)
+        if parameter.requires_grad:
+            kinds[kind_of[id(parameter)]].append(parameter)
     rates = {"factors": config.learning_rate * config.factor_lr_multiplier}
     groups = [
         {
@@ -87,6 +73,28 @@ def parameter_groups(model: nn.Module, config: FineTuneConfig) -> list[dict[str,
     if not groups:
         raise ConfigError("no parameter of the model requires a gradient, so there is nothing to train.")
     return groups
+
+
+def _kinds(model: nn.Module) -> dict[int, str]:
+    """{id of a parameter: its kind}, by meaning.
+
+    Kernels have two dimensions or more, biases are vectors of a module with a kernel, norms all other vectors. A
+    member's own offset belongs to the kind of what it is added to.
+    """
+    kinds: dict[int, str] = {}
+    for module in model.modules():
+        weights = list(module.parameters(recurse=False))
+        vector = "biases" if any(p.dim() > 1 for p in weights) else "norms"
+        if isinstance(module, (Factor, Prior)):
+            kinds |= {id(p): "factors" for p in weights}
+        elif isinstance(module, (Site, MemberNorm)):
+            offsets = "biases" if isinstance(module, Site) else "norms"
+            for child in module.children():
+                kinds |= {id(p): offsets for p in child.parameters() if isinstance(child, MemberVector)}
+        elif not isinstance(module, MemberVector):
+            for parameter in weights:
+                kinds.setdefault(id(parameter), "kernels" if parameter.dim() > 1 else vector)
+    return kinds
 
 
 def make_optimizer(model: nn.Module, config: FineTuneConfig) -> torch.optim.Optimizer:

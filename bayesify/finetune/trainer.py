@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from bayesify.batch import Rows, split_batch
-from bayesify.errors import DataError, FormatError, TrainingError
+from bayesify.errors import ConfigError, DataError, FormatError, TrainingError
 from bayesify.finetune.batches import RankBatches, endless
 from bayesify.finetune.checkpoint import (
     load_checkpoint,
@@ -94,6 +94,7 @@ class FineTuner:
             world=self.accelerator.num_processes,
             seed=self.config.seed,
         )
+        _check_plain(model, self.config)
         _check_partition(model, self.config, self.batches)
         per_epoch = max(1, math.ceil(len(self.batches) / self.config.accumulation))
         self.total_steps = self.config.steps or self.config.epochs * per_epoch
@@ -296,7 +297,9 @@ class FineTuner:
         """What a resumed run must have in common with the interrupted one."""
         free = ("workers", "log_every", "trackers")
         options = {name: value for name, value in self.config.to_dict().items() if name not in free}
-        return {**options, "examples": len(self.train), "processes": self.accelerator.num_processes}  # type: ignore[arg-type]
+        rank1 = self.model.config.non_defaults() if isinstance(self.model, BayesianModel) else None
+        counts = {"examples": len(self.train), "processes": self.accelerator.num_processes}  # type: ignore[arg-type]
+        return {**options, "rank1": rank1, **counts}
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self.checkpoint is None:
@@ -336,6 +339,16 @@ def _cross_entropy(model: nn.Module) -> Callable[[Any, Tensor | None, int], ELBO
         return ELBOTerms(nll, nll.detach(), torch.zeros(()), 0.0)
 
     return objective
+
+
+def _check_plain(model: nn.Module, config: FineTuneConfig) -> None:
+    """A network without members has no use for these; what only scales the KL or the factors is let pass."""
+    if isinstance(model, BayesianModel):
+        return
+    usual = FineTuneConfig()
+    for name in ("train", "train_also", "norms_and_biases", "expand", "likelihood", "train_samples"):
+        if getattr(config, name) != getattr(usual, name):
+            raise ConfigError(f"{name}={getattr(config, name)!r} has no meaning for a network that is not Bayesian.")
 
 
 def _check_partition(model: nn.Module, config: FineTuneConfig, batches: RankBatches) -> None:

@@ -23,7 +23,8 @@ class ConversionReport:
         notes: what a person should know besides.
         members: K.
         parameters: number of parameters of the original network.
-        parameters_added: number of parameters the factors add.
+        parameters_added: number of parameters that the conversion adds: factors, and what members have of their own.
+        factors: which sides of a site carry factors: "both", "inputs" or "outputs".
     """
 
     members: int
@@ -31,6 +32,7 @@ class ConversionReport:
     parameters_added: int
     converted: dict[str, str]
     skipped: dict[str, str]
+    factors: str = "both"
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     tied: dict[str, list[str]] = field(default_factory=dict)
     routes: dict[str, str] = field(default_factory=dict)
@@ -72,6 +74,7 @@ class ConversionReport:
         for name, kind in self.converted.items():
             size = self.sizes.get(name)
             s, r = ("", "") if size is None else map(str, size)
+            s, r = s if self.factors != "outputs" else "", r if self.factors != "inputs" else ""
             sites.add_row(Text(name or "(the model)"), kind, s, r, Text(", ".join(self.tied.get(name, []))))
         parts: list[Any] = [sites]
         if self.skipped:

@@ -14,6 +14,7 @@ from bayesify.graph.report import ConversionReport
 from bayesify.graph.sites import Plan, tied_names
 from bayesify.layers import (
     AdditiveSite,
+    MemberBatchNorm,
     MemberVector,
     Rewritten,
     Site,
@@ -53,6 +54,8 @@ def _convert(name: str, layer: nn.Module, config: Rank1Config) -> None:
 def restore(modules: list[nn.Module]) -> None:
     """Turn every rewritten layer among the modules back into what it was."""
     for module in modules:
+        if isinstance(module, MemberBatchNorm):
+            module.share_statistics()
         if isinstance(module, Rewritten):
             detach(module)
 
@@ -66,6 +69,7 @@ def report_on(model: nn.Module, plan: Plan, config: Rank1Config) -> ConversionRe
         members=config.members,
         parameters=sum(p.numel() for p in model.parameters()),
         parameters_added=_count_added(plan, config),
+        factors=config.factors,
         converted={name: kind for name, (kind, _) in sites.items()},
         skipped=dict(plan.skipped),
         sizes={name: size for name, (_, size) in sites.items()},

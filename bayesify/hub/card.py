@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bayesify.config import Rank1Config
 from bayesify.hub.origin import Origin
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def write_card(path: Path, model: BayesianModel, origin: Origin, folder: Path) -
         "",
         f"# {name or origin.architecture}, Bayesian",
         "",
-        f"A rank-1 Bayesian neural network with {config.members} members: `{origin.architecture}` whose "
-        "weight matrices W are multiplied by random rank-1 matrices r sᵀ. All members share one copy of W; "
+        f"A rank-1 Bayesian neural network with {config.members} members: `{origin.architecture}` "
+        f"{_factors_of(config)}. All members share one copy of its weights; "
         f"{len(summary.converted)} linear maps carry factors, "
         f"which adds {100 * summary.parameter_overhead:.2f} % of parameters.",
         "",
@@ -63,6 +64,16 @@ def write_card(path: Path, model: BayesianModel, origin: Origin, folder: Path) -
     if (folder / "reliability.png").is_file():
         lines += ["![Reliability diagram](reliability.png)", ""]
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _factors_of(config: Rank1Config) -> str:
+    """What the factors do to the network, in words."""
+    sides = {"both": "inputs and outputs", "inputs": "inputs", "outputs": "outputs"}[config.factors]
+    verb = "multiplied by" if config.perturbation == "multiplicative" else "shifted by"
+    if config.posterior == "deterministic":
+        return f"whose linear maps have their {sides} {verb} vectors of each member's own (BatchEnsemble)"
+    families = f"posterior {config.posterior}, prior {config.prior}"
+    return f"whose linear maps have their {sides} {verb} random vectors ({families})"
 
 
 def _report(path: Path) -> dict[str, Any]:

@@ -98,6 +98,14 @@ class MemberBatchNorm(Rewritten):
             return affine, {name: value[member] for name, value in statistics.items()}
         return affine, {n: v[0].clone() if n == "num_batches_tracked" else v.mean(0) for n, v in statistics.items()}
 
+    @torch.no_grad()
+    def share_statistics(self) -> None:
+        """Give the layer itself the members' average statistics, if training has moved them."""
+        statistics = self.state_of(None)[1]
+        if any(not torch.equal(self.rank1.get_buffer(name)[0], self.get_buffer(name)) for name in statistics):
+            for name, value in statistics.items():
+                self.get_buffer(name).copy_(value)
+
     @contextmanager
     def _state_of(self, member: int | None) -> Iterator[None]:
         """Put one member's state in place, so that the layer's own forward uses (and updates) it."""

@@ -24,6 +24,7 @@ from bayesify.data import load_data, make_loader, prepare
 from bayesify.evaluation import evaluate
 from bayesify.finetune import FineTuneConfig
 from bayesify.hub import load_base
+from bayesify.recipes import RECIPES
 
 ROOT = Path(bayesify.__file__).parents[1]
 COMMANDS = typer.main.get_command(app).commands
@@ -91,6 +92,20 @@ def test_options_are_the_fields_of_the_configs(name, cls):
         assert option.help, field.name
         default = tuple(option.default or ()) if isinstance(field.default, tuple) else option.default
         assert default == field.default, field.name
+
+
+def test_a_recipe_stands_where_nothing_is_typed(vit, images, tmp_path):
+    options = ["--recipe", "imagenet-cauchy", "--members", 2, "--batch-size", 6, "--steps", 2, "--milestones", 0.5]
+    typed = ["--posterior", "cauchy", "--no-member-bias", "--eval-samples", 0, "--learning-rate", 0.01]
+    result = run("finetune", vit, images, "--output", tmp_path / "run", *options, *typed)
+    assert result.exit_code == 0, result.output
+    rank1 = json.loads((tmp_path / "run" / "bayesify_config.json").read_text())["rank1"]
+    expected = RECIPES["imagenet-cauchy"].override(members=2, member_bias=False).rank1
+    assert Rank1Config.from_dict(rank1) == expected
+    (trained,) = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()][-2:-1]
+    assert trained["learning_rate"]["kernels"] == pytest.approx(0.01 * 0.1), "after one milestone"
+    assert run("finetune", vit, images, "--output", tmp_path / "x", "--recipe", "nothing").exit_code == 1
+    assert not (tmp_path / "x").exists()
 
 
 def test_inspect(vit):

@@ -75,12 +75,14 @@ def test_decay_goes_by_meaning_not_by_name() -> None:
     groups = {group["name"]: group for group in parameter_groups(bnn, config)}
     members = {name: {names[id(p)] for p in group["params"]} for name, group in groups.items()}
     assert members["kernels"] == {"conv.weight", "kernel.weight_ih_l0", "kernel.weight_hh_l0", "head.weight"}
-    assert members["biases"] == {"conv.bias", "kernel.bias_ih_l0", "kernel.bias_hh_l0", "head.bias"}
-    assert members["norms"] == {"bias.weight", "bias.bias", "temperature"}
-    assert members["members"] == {
-        *(f"bias.rank1.{name}.offset" for name in ("weight", "bias")),
+    assert members["biases"] == {
+        *("conv.bias", "kernel.bias_ih_l0", "kernel.bias_hh_l0", "head.bias"),
         *(f"{layer}.rank1.weight.own_bias.offset" for layer in ("conv", "head")),
         *(f"kernel.rank1.weight_{part}_l0.own_bias.offset" for part in ("ih", "hh")),
+    }
+    assert members["norms"] == {
+        *("bias.weight", "bias.bias", "temperature"),
+        *(f"bias.rank1.{name}.offset" for name in ("weight", "bias")),
     }
     assert {name for name, group in groups.items() if group["weight_decay"]} == {"kernels", "norms"}
     assert sum(len(group) for group in members.values()) == len(names)
@@ -175,7 +177,10 @@ def test_annealing_may_end_below_one() -> None:
     [
         ({"schedule": "steps"}, "schedule='steps' and milestones go together"),
         ({"milestones": (0.5,)}, "schedule='steps' and milestones go together"),
-        ({"schedule": "steps", "milestones": (1.5,)}, "milestones is a fraction of the steps, from 0 to 1; found 1.5"),
+        (
+            {"schedule": "steps", "milestones": (1.5,)},
+            "milestones must be a fraction of the steps, from 0 to 1; found 1.5",
+        ),
         ({"schedule": "poly"}, "schedule='poly' is unknown"),
         (
             {"weight_decay_on": ("bn",)},
@@ -183,8 +188,17 @@ def test_annealing_may_end_below_one() -> None:
         ),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\); found 1.0"),
         ({"decay_factor": 0.0}, "decay_factor must be positive"),
-        ({"kl_temperature": -1.0}, "kl_temperature must not be negative"),
-        ({"kl_annealing": -0.5}, "kl_annealing must not be negative"),
+        ({"kl_temperature": -1.0}, "kl_temperature must be finite and not negative"),
+        ({"kl_annealing": -0.5}, "kl_annealing must be finite and not negative"),
+        ({"likelihood": "mixture", "expand": "partition"}, "needs every member to see every example"),
+        ({"learning_rate": "1e-3"}, "learning_rate must be positive; found '1e-3'"),
+        ({"learning_rate": None}, "learning_rate must be positive; found None"),
+        ({"batch_size": None}, "batch_size must be a positive integer; found None"),
+        ({"epochs": None}, "epochs must be a positive integer; found None"),
+        ({"weight_decay_on": None}, "weight_decay_on must hold names"),
+        ({"milestones": "0.5", "schedule": "steps"}, "milestones must be a fraction of the steps"),
+        ({"norms_and_biases": "no"}, "norms_and_biases must be True or False"),
+        ({"workers": 1.5}, "workers must be an integer"),
         ({"train_samples": 0}, "train_samples must be a positive integer"),
     ],
     ids=lambda value: str(value)[:30],

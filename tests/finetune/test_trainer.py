@@ -416,12 +416,33 @@ def test_spoiled_checkpoint_is_an_error_that_changes_nothing(tmp_path: Path, nam
     options = {"validation": data(8, seed=2), "steps": 2, "expand": "partition"}
     tune(network(), tmp_path, **options)
     spoil(tmp_path / "checkpoint")
-    bnn = network(init_scale=0.2)
+    bnn = network()
+    with torch.no_grad():
+        for parameter in bnn.parameters():
+            parameter += 1
     before = state_of(bnn)
     with pytest.raises(FormatError, match=message):
         tune(bnn, tmp_path, resume=True, **options)
     assert same(state_of(bnn), before)
     assert bnn.expansion == "replicate"
+
+
+@pytest.mark.parametrize("options", [{"kl_reduction": "sum"}, {"prior_scale": 0.3}, {"noise": "member"}], ids=str)
+def test_resuming_with_another_conversion_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Options that change no parameter, only what is trained for."""
+    tune(network(), tmp_path, steps=2)
+    with pytest.raises(FormatError, match="was written with rank1="):
+        tune(network(**options), tmp_path, resume=True, steps=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"train": "factors"}, {"likelihood": "mixture"}, {"expand": "partition"}, {"train_samples": 2}],
+    ids=str,
+)
+def test_a_plain_network_takes_no_options_of_members(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="has no meaning for a network that is not Bayesian"):
+        tune(Net(), **options)
 
 
 def test_resuming_without_an_output_folder() -> None:
@@ -483,9 +504,9 @@ def test_data_without_labels() -> None:
         ({"epochs": 0}, "epochs must be a positive integer; found 0"),
         ({"batch_size": 1.5}, "batch_size must be a positive integer; found 1.5"),
         ({"optimizer": "lamb"}, "optimizer='lamb' is unknown; expected one of 'adamw', 'sgd'"),
-        ({"warmup": 2.0}, "warmup is a fraction of the steps"),
+        ({"warmup": 2.0}, "warmup must be a fraction of the steps"),
         ({"learning_rate": 0.0}, "learning_rate must be positive; found 0.0"),
-        ({"weight_decay": -0.1}, "weight_decay must not be negative"),
+        ({"weight_decay": -0.1}, "weight_decay must be finite and not negative"),
     ],
     ids=lambda value: str(value)[:30],
 )

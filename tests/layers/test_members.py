@@ -158,9 +158,27 @@ def test_unload_restores_every_bit(case: Case, members: int) -> None:
     original = case.model()
     bnn = disturb(convert(copy.deepcopy(original), members, **OWN)).train()
     call(bnn, case)
+    norms = {name: layer for name, layer in bnn.model.named_modules() if isinstance(layer, MemberBatchNorm)}
+    averages = {f"{name}.{key}": v for name, layer in norms.items() for key, v in layer.state_of(None)[1].items()}
     found = bnn.unload().eval()
+    # Statistics that training has moved stay, as they do where members share them.
+    state = found.state_dict()
+    for name, value in averages.items():
+        assert torch.equal(state[name], value), name
+    found.load_state_dict({name: original.state_dict()[name] for name in averages}, strict=False)
     assert_same_state(found, original)
     assert torch.equal(call(found, case), call(original, case))
+
+
+@torch.no_grad()
+def test_unload_without_training_leaves_statistics_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+    model[1].running_mean.normal_()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    bnn = bayesify(model, members=3, member_batch_norm=True).eval()
+    bnn(torch.randn(5, 4))
+    bnn.unload()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @every_size
