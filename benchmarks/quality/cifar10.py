@@ -33,7 +33,13 @@ from wide_resnet import WideResNet
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "deterministic": None,
-    "BatchEnsemble, K=4": {"posterior": "deterministic"},
+    "BatchEnsemble, K=4": {
+        "posterior": "deterministic",
+        "init": "normal",
+        "init_scale": 0.5,
+        "factor_lr_multiplier": 0.5,
+        "weight_decay": 6e-4,
+    },
     "Gaussian, K=1": {"members": 1},
     "Gaussian, K=2": {"members": 2},
     "Gaussian, K=4": {},
@@ -43,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "Gaussian, K=4, outputs only": {"factors": "outputs"},
     "Cauchy, K=4, 4 samples": {"recipe": "cifar10-cauchy"},
 }
-"""What differs from the recipe cifar10-gaussian (None: no factors at all)."""
+"""What differs from the recipe cifar10-gaussian (None: no factors at all); BatchEnsemble has options of its own."""
 
 COLUMNS = {"nll": "NLL", "accuracy": "accuracy", "ece": "ECE", "cnll": "cNLL", "ca": "cA", "cece": "cECE"}
 COLUMNS |= {"disagreement": "disagreement", "member_nll": "member NLL"}
@@ -106,7 +112,7 @@ def main(
         raise typer.BadParameter(f"unknown variant {unknown[0]!r}; expected some of {'; '.join(VARIANTS)}.")
     which, parts = map(int, part.split("/"))
     runs = [(name, seed) for seed in range(seeds) for name in names][which - 1 :: parts]
-    missing = [run for run in runs if read(path_of(output, *run)).get("settings") != settings]
+    missing = [run for run in runs if not is_done(output, *run, settings)]
     if missing:
         splits = load_data(str(data))
         images = Images.read(splits.get("train"), splits.input_column, str(splits.label_column))
@@ -122,12 +128,15 @@ def main(
         seconds = round(time.perf_counter() - started, 1)
         random = VARIANTS[name] is not None and recipe.rank1.posterior != "deterministic"
         metrics = measure(model, test, sets, recipe.tuning.eval_samples if random else None)
-        write(
-            path_of(output, name, seed),
-            {"variant": name, "seed": seed, "settings": settings, "train_seconds": seconds, "metrics": metrics},
-        )
+        result = {"variant": name, "options": VARIANTS[name], "seed": seed, "settings": settings}
+        write(path_of(output, name, seed), {**result, "train_seconds": seconds, "metrics": metrics})
         console.print({key: round(metrics[key], 4) for key in COLUMNS} | {"train_seconds": seconds})
     write_table(output, names, seeds, settings, console)
+
+
+def is_done(folder: Path, name: str, seed: int, settings: dict[str, Any]) -> bool:
+    found = read(path_of(folder, name, seed))
+    return found.get("settings") == settings and found["options"] == VARIANTS[name]
 
 
 def path_of(folder: Path, name: str, seed: int) -> Path:
@@ -143,8 +152,8 @@ def write_table(folder: Path, names: list[str], seeds: int, settings: dict[str, 
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     content: dict[str, Any] = {"settings": settings, "torch": str(torch.__version__), "variants": {}}
     for name in names:
-        found = [read(path_of(folder, name, seed)) for seed in range(seeds)]
-        metrics = [run["metrics"] for run in found if run.get("settings") == settings]
+        done = [seed for seed in range(seeds) if is_done(folder, name, seed, settings)]
+        metrics = [read(path_of(folder, name, seed))["metrics"] for seed in done]
         cells = {key: summary([one[key] for one in metrics]) for key in COLUMNS}
         texts = [name, str(len(metrics)), *(cell(cells[key], 3) for key in COLUMNS)]
         table.add_row(*texts)

@@ -1,7 +1,7 @@
 """Predict in-hospital mortality from the first 48 hours in intensive care, with a plain and a rank-1 Bayesian LSTM.
 
     python integrations/mimic3/run.py path/to/physionet2012
-    python integrations/mimic3/run.py path/to/in-hospital-mortality --posterior cauchy
+    python integrations/mimic3/run.py path/to/in-hospital-mortality --recipe mimic3-cauchy
 
 The folder holds either the Parquet files of PhysioNet 2012 or the in-hospital mortality task of MIMIC-III as the public
 mimic3-benchmarks write it. Both networks are trained from scratch, from the same weights.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from enum import Enum
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,57 +22,42 @@ from network import MortalityLSTM
 from records import load
 from rich import print
 from rich.table import Table
+from torch import nn
 
-from bayesify import FineTuneConfig, FineTuner, Rank1Config, bayesify, evaluate
+from bayesify import FineTuner, bayesify, evaluate
+from bayesify import recipes as published
 from bayesify.files import replacing
 
 METRICS = {"nll": "NLL", "auc_pr": "AUC-PR", "ece": "ECE"}
 
 
-class Posterior(str, Enum):
-    """Families of the factors. Published: normal and Cauchy, each with a prior of the same family."""
-
-    deterministic = "deterministic"
-    normal = "normal"
-    cauchy = "cauchy"
-
-
-class Noise(str, Enum):
-    """What shares a draw of the factors: nothing (published), or all examples of a member (faster)."""
-
-    example = "example"
-    member = "member"
-
-
-def rank1_config(posterior: Posterior, random_sign: bool, **options: Any) -> Rank1Config:
-    """As in the paper: a bias for each member, a prior of the posterior's family; a small spread for Cauchy tails."""
-    if random_sign:
-        options["init"] = "random-sign"
-    if posterior is Posterior.cauchy:
-        options.update(prior="cauchy", dropout_rate=1e-6)
-    return Rank1Config(posterior=posterior.value, member_bias=True, **options)
+VALIDATION_SAMPLES = 2
+"""Draws a member at the validations that choose the state to keep."""
 
 
 def main(
     data: Annotated[Path, typer.Argument(help="Folder of PhysioNet 2012 or MIMIC-III.")],
     output: Annotated[Path, typer.Option(help="Folder for logs, reports and results.")] = Path("runs/mimic3"),
-    posterior: Annotated[Posterior, typer.Option(help="Of the factors; deterministic is BatchEnsemble.")] = (
-        Posterior.normal
+    recipe: Annotated[str, typer.Option(help="Sets every option of the Bayesian network that is not given.")] = (
+        "mimic3-gaussian"
     ),
-    members: int = 4,
-    prior_scale: Annotated[float, typer.Option(help="Spread of the prior of every factor, around 1.")] = 0.1,
-    random_sign: Annotated[bool, typer.Option(help="Start factors at +1 or −1 instead of near 1.")] = False,
-    noise: Annotated[Noise, typer.Option(help="One draw of the factors for each example or member.")] = Noise.example,
+    posterior: Annotated[str | None, typer.Option(help="Of the factors; deterministic is BatchEnsemble.")] = None,
+    members: int | None = None,
+    noise: Annotated[str | None, typer.Option(help="One draw of the factors for each example or member.")] = None,
+    init: Annotated[str | None, typer.Option(help="Where factors start: ones, normal or random-sign.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the Bayesian network.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of both networks.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Gradient steps of both networks, instead of epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Of both networks.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Draws a member at evaluation.")] = None,
     hidden: Annotated[int, typer.Option(help="Size of the LSTM's state.")] = 64,
-    dropout: Annotated[float, typer.Option(help="Rate on the last state, in both networks.")] = 0.0,
-    epochs: int = 8,
-    steps: Annotated[int | None, typer.Option(help="Gradient steps, instead of epochs.")] = None,
-    batch_size: int = 128,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.01,
-    samples: Annotated[int, typer.Option(help="Draws a member at evaluation.")] = 25,
+    dropout: Annotated[float, typer.Option(help="Rate on the last state of the plain network.")] = 0.5,
+    plain_learning_rate: Annotated[float, typer.Option(help="Of the plain network.")] = 1e-3,
     seed: int = 0,
 ) -> None:
+    given = {"posterior": posterior, "members": members, "noise": noise, "init": init, "learning_rate": learning_rate}
+    given |= {"epochs": epochs, "steps": steps, "batch_size": batch_size, "eval_samples": samples}
+    chosen = published.recipe(recipe).override(**{k: v for k, v in given.items() if v is not None}, seed=seed)
     started = time.perf_counter()
     episodes = load(data)
     for split, part in episodes.items():
@@ -81,27 +66,21 @@ def main(
 
     torch.manual_seed(seed)
     plain = MortalityLSTM(len(episodes["train"].names), hidden, dropout)
-    rank1 = rank1_config(posterior, random_sign, members=members, prior_scale=prior_scale, noise=noise.value)
-    bnn = bayesify(copy.deepcopy(plain), rank1)
-    config = FineTuneConfig(
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        factor_lr_multiplier=1.0,
-        weight_decay=weight_decay,
-        eval_samples=None if posterior is Posterior.deterministic else 2,
-        seed=seed,
-    )
+    network = copy.deepcopy(plain)
+    network.dropout = nn.Identity()
+    bnn = bayesify(network, chosen.rank1)
+    random = chosen.rank1.posterior != "deterministic"
+    tuning = replace(chosen.tuning, eval_samples=VALIDATION_SAMPLES if random else None)
+    tunings = {"deterministic": replace(tuning, learning_rate=plain_learning_rate), "bayesian": tuning}
     train, validation = episodes["train"].dataset, episodes["validation"].dataset
     for name, model in (("deterministic", plain), ("bayesian", bnn)):
-        result = FineTuner(model, train, validation, config, output=output / name).fit()
+        result = FineTuner(model, train, validation, tunings[name], output=output / name).fit()
         print(f"{name}: best validation NLL {result.best_nll:.4f} nats after step {result.best_step}")
 
     table = Table("", *(f"{split} {metric}" for split in ("val", "test") for metric in METRICS.values()))
-    title = "BatchEnsemble" if posterior is Posterior.deterministic else f"rank-1 {posterior.value}"
+    title = f"rank-1 {chosen.rank1.posterior}" if random else "BatchEnsemble"
     results: dict[str, dict[str, Any]] = {"deterministic": {}, title: {}}
-    draws = None if posterior is Posterior.deterministic else samples
+    draws = chosen.tuning.eval_samples if random else None
     for split in ("validation", "test"):
         folder = output / "report" if split == "test" else None
         evaluation = evaluate(bnn, episodes[split].batches(), baseline=plain, samples=draws, seed=seed, output=folder)
