@@ -103,7 +103,11 @@ def check_pair(posterior: str, prior: str, prior_loc: float) -> None:
     """Raise `ConfigError` if this posterior and this prior do not go together."""
     entry = _TABLE[POSTERIORS[posterior], PRIORS[prior]]
     if entry.kind == "refused":
-        raise ConfigError(f"a {posterior} posterior and a {prior} prior do not go together: {entry.reason}")
+        usable = [name for name, other in PRIORS.items() if _TABLE[POSTERIORS[posterior], other].kind != "refused"]
+        raise ConfigError(
+            f"a {posterior} posterior and a {prior} prior do not go together: {entry.reason} "
+            f"Priors for it: {', '.join(usable)}."
+        )
     if prior == "half-cauchy" and prior_loc > 0 and entry.kind != "zero":
         raise ConfigError(
             f"a half-cauchy prior that starts at {prior_loc} leaves out posterior mass between 0 and there; "
