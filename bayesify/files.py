@@ -45,6 +45,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content: Any, *, indent: int | None = 2) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
 def check_output(folder: str | Path) -> Path:
     """A folder that is new, empty or ours; anything else is a `FormatError`, with nothing touched."""
     folder = Path(folder)

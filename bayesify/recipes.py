@@ -8,6 +8,7 @@ smaller, scale the learning rate with it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,11 @@ class Recipe:
     rank1: Rank1Config
     tuning: FineTuneConfig
     source: str
+
+    @property
+    def samples(self) -> int | None:
+        """Draws a member in evaluation; None where factors are not random."""
+        return None if self.rank1.posterior == "deterministic" else self.tuning.eval_samples
 
     def override(self, **values: Any) -> Recipe:
         """The recipe with fields of either config replaced. Of two that set the same thing, the one given sets it.
@@ -60,42 +66,47 @@ _FROM_SCRATCH = Rank1Config(
     member_bias=True,
     kl_reduction="sum",
 )
+
+
+def _sgd_in_steps(epochs: int, milestones: Sequence[int], *, warmup: int, annealing: int, **own: Any) -> FineTuneConfig:
+    """SGD whose learning rate falls at milestones; these, warm-up and annealing are in epochs."""
+    shared: dict[str, Any] = {"factor_lr_multiplier": 1.0, "weight_decay": 2e-4, "clip_norm": None, "eval_samples": 1}
+    return FineTuneConfig(
+        epochs=epochs,
+        optimizer="sgd",
+        schedule="steps",
+        milestones=tuple(epoch / epochs for epoch in milestones),
+        warmup=warmup / epochs,
+        kl_annealing=annealing / epochs,
+        **{**shared, **own},
+    )
+
+
+_IMAGENET_FACTORS = dataclasses.replace(_FROM_SCRATCH, sign_probability=0.75, prior_scale=0.05)
 _CIFAR = (
     dataclasses.replace(_FROM_SCRATCH, sign_probability=0.5, prior_scale=0.1),
-    FineTuneConfig(
-        epochs=250,
+    _sgd_in_steps(
+        250,
+        (100, 200, 225),
+        warmup=1,
+        annealing=200,
         batch_size=128,
-        optimizer="sgd",
         learning_rate=0.1,
-        factor_lr_multiplier=1.0,
-        weight_decay=2e-4,
-        weight_decay_on=("kernels", "biases", "norms"),
-        schedule="steps",
-        milestones=(100 / 250, 200 / 250, 225 / 250),
         decay_factor=0.2,
-        warmup=1 / 250,
-        kl_annealing=200 / 250,
-        clip_norm=None,
-        eval_samples=1,
+        weight_decay_on=("kernels", "biases", "norms"),
     ),
 )
 _IMAGENET = (
-    dataclasses.replace(_FROM_SCRATCH, sign_probability=0.75, prior_scale=0.05),
-    FineTuneConfig(
-        epochs=135,
+    _IMAGENET_FACTORS,
+    _sgd_in_steps(
+        135,
+        (45, 90, 120),
+        warmup=5,
+        annealing=90,
         batch_size=1024,
-        optimizer="sgd",
         learning_rate=0.4,
-        factor_lr_multiplier=1.0,
-        weight_decay=2e-4,
-        weight_decay_on=("kernels", "biases"),
-        schedule="steps",
-        milestones=(45 / 135, 90 / 135, 120 / 135),
         decay_factor=0.1,
-        warmup=5 / 135,
-        kl_annealing=90 / 135,
-        clip_norm=None,
-        eval_samples=1,
+        weight_decay_on=("kernels", "biases"),
     ),
 )
 _CAUCHY = "Cauchy: the dropout rate 1e-6 is second hand, the prior's scale is the Gaussian's; both are not published."
@@ -124,22 +135,19 @@ RECIPES: dict[str, Recipe] = {
     "cifar100-cauchy": Recipe("WRN-28-10", *_cauchy(_CIFAR), _CAUCHY),
     "retinopathy": Recipe(
         "resnet50 (timm)",
-        dataclasses.replace(_FROM_SCRATCH, members=1, sign_probability=0.75, prior_scale=0.05),
-        FineTuneConfig(
-            epochs=90,
+        dataclasses.replace(_IMAGENET_FACTORS, members=1),
+        _sgd_in_steps(
+            90,
+            (30, 60),
+            warmup=1,
+            annealing=200,
             batch_size=128,
-            optimizer="sgd",
             momentum=0.9335,
             learning_rate=0.0323,
             factor_lr_multiplier=1.239,
             weight_decay=2 * 2.2417e-5,
             weight_decay_on=("kernels", "biases"),
-            schedule="steps",
-            milestones=(30 / 90, 60 / 90),
             decay_factor=0.2,
-            warmup=1 / 90,
-            kl_annealing=200 / 90,
-            clip_norm=None,
             eval_samples=5,
         ),
         "Public code, chosen there by the score of the country-shift task. There biases and norms learn at the factors'"

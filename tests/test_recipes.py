@@ -51,7 +51,7 @@ def test_every_recipe_converts_and_differs_from_the_defaults(name: str) -> None:
     signs = torch.cat([factor.loc.flatten() for _, _, factor in bnn.factors()]).sign()
     if rank1.init == "random-sign":
         assert float((signs > 0).float().mean()) == pytest.approx(rank1.sign_probability, abs=0.06)
-    assert bnn.predict(torch.randn(2, 64), samples=RECIPES[name].tuning.eval_samples).probs.isfinite().all()
+    assert bnn.predict(torch.randn(2, 64), samples=RECIPES[name].samples).probs.isfinite().all()
 
 
 def test_last_blocks_only() -> None:
@@ -80,3 +80,9 @@ def test_unknown_names() -> None:
         RECIPES["cifar10-gaussian"].override(member=2)
     with pytest.raises(ConfigError, match="there is no recipe 'imagenet'; expected one of imagenet-gaussian"):
         recipe("imagenet")
+
+
+def test_deterministic_factors_are_evaluated_at_their_means() -> None:
+    recipe = RECIPES["cifar10-cauchy"]
+    assert recipe.samples == recipe.tuning.eval_samples == 4
+    assert recipe.override(posterior="deterministic", prior="normal").samples is None
