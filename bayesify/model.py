@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from bayesify.added import Added
+from bayesify.added import Added, Held
 from bayesify.batch import Rows, resolve_task
 from bayesify.config import Rank1Config
 from bayesify.distributions import CLIP, Factor, kl_divergence
@@ -197,9 +197,9 @@ class BayesianModel(nn.Module):
         try:
             yield
         finally:
-            for _, _, factor in self.factors():
-                factor.hold(None)
-            self._hold_members(None)
+            for module in self.model.modules():
+                if isinstance(module, Held):
+                    module.hold(None)
 
     def _hold(self, members: slice, examples: int, seed: Any) -> bool:
         """Give every factor its draw: [k·B, d] rows for noise per example, [k, d] per member or at the mean.
@@ -232,7 +232,7 @@ class BayesianModel(nn.Module):
         if next(self.factors(), None) is None:
             raise BayesifyError("this model has been unloaded: nothing in it is Bayesian any more.")
 
-    def _hold_members(self, members: slice | None) -> None:
+    def _hold_members(self, members: slice) -> None:
         """Tell what each member has of its own, besides factors, which members are computed."""
         if self.config.member_bias or self.config.member_batch_norm:
             for module in self.model.modules():

@@ -7,20 +7,20 @@ constraints, `mean`, `noise` and `sample`, and what the KL needs: `entropy` and 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayesify.added import Added
+from bayesify.added import Held
 from bayesify.distributions.priors import SCALE_FLOOR, Prior, inverse_softplus
 
 CLIP = 10.0
 """Draws are clipped to ±CLIP before use, as published (it exists for Cauchy tails); the KL is not clipped."""
 
 
-class Factor(Added):
+class Factor(Held):
     """One random vector for each member: q(f) = mixture over k of q_k(f), f in R^d.
 
     Args:
@@ -36,11 +36,11 @@ class Factor(Added):
     family: ClassVar[str]
     random: ClassVar[bool] = True
     loc: Tensor
+    held: Tensor | None
 
     def __init__(self, init: Tensor, spread: float, prior: Prior, jitter: float = 0.0) -> None:
         super().__init__()
         self.prior = prior
-        self._draw: Tensor | None = None
 
     @property
     def members(self) -> int:
@@ -83,20 +83,7 @@ class Factor(Added):
 
     def value(self) -> Tensor:
         """[R, d] the draw in force, or [1, d] the average of the members' means outside of a forward pass."""
-        return self.mean.mean(0, keepdim=True) if self._draw is None else self._draw
-
-    def hold(self, draw: Tensor | None) -> None:
-        """Set the draw [R, d] that `value` returns; `None` removes it."""
-        self._draw = draw
-
-    def train(self, mode: bool = True) -> Factor:
-        # A draw outlives a training forward, because gradient checkpointing runs layers again in backward.
-        if not mode:
-            self._draw = None
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_draw": None}
+        return self.mean.mean(0, keepdim=True) if self.held is None else self.held
 
     def extra_repr(self) -> str:
         return f"members={self.members}, size={self.size}, posterior={self.family}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import nn
 
@@ -22,7 +20,7 @@ from bayesify.layers import (
     attach_norm,
     bias_of,
     detach,
-    rank1_class,
+    weight_sizes,
 )
 
 
@@ -43,7 +41,7 @@ def swap(plan: Plan, config: Rank1Config) -> None:
 
 def _convert(name: str, layer: nn.Module, config: Rank1Config) -> None:
     try:
-        attach(layer, _new_sites(layer, config))
+        attach(layer, _new_sites(layer, config, next(layer.parameters()).device))
     except Exception as error:
         raise ConversionError(
             f"layer {name!r} ({type(layer).__name__}) could not become rank-1: {type(error).__name__}: {error}. "
@@ -88,27 +86,13 @@ def _norm_notes(plan: Plan, config: Rank1Config) -> list[str]:
 def _count_added(plan: Plan, config: Rank1Config) -> int:
     """Parameters that the conversion adds, counted on the meta device."""
     meta = torch.device("meta")
-
-    @cache
-    def factor(size: int) -> int:
-        return sum(p.numel() for p in make_factor(config, size, meta).parameters())
-
-    added = 0
-    for layer in plan.layers.values():
-        equivalent = rank1_class(type(layer))
-        for weight, (s, r) in ({} if equivalent is None else equivalent.sizes(layer)).items():
-            added += (config.factors != "outputs") * factor(s) + (config.factors != "inputs") * factor(r)
-            if config.member_bias and getattr(layer, bias_of(weight), None) is not None:
-                added += config.members * r
+    sites = [site for layer in plan.layers.values() for site in _new_sites(layer, config, meta).values()]
+    added = sum(p.numel() for site in sites for p in site.parameters())
     affine = sum(p.numel() for norm in plan.norms.values() for p in norm.parameters(recurse=False))
     return added + config.members * affine
 
 
-def _new_sites(layer: nn.Module, config: Rank1Config) -> dict[str, Site]:
-    equivalent = rank1_class(type(layer))
-    sizes = {} if equivalent is None else equivalent.sizes(layer)
-    device = next(layer.parameters()).device
-
+def _new_sites(layer: nn.Module, config: Rank1Config, device: torch.device) -> dict[str, Site]:
     def factor(side: str, size: int) -> Factor | None:
         return make_factor(config, size, device) if config.factors in ("both", side) else None
 
@@ -116,5 +100,6 @@ def _new_sites(layer: nn.Module, config: Rank1Config) -> dict[str, Site]:
         has_bias = getattr(layer, bias_of(weight), None) is not None
         return MemberVector(config.members, size, device) if config.member_bias and has_bias else None
 
+    sizes = weight_sizes(layer).items()
     site = Site if config.perturbation == "multiplicative" else AdditiveSite
-    return {name: site(factor("inputs", s), factor("outputs", r), own_bias(name, r)) for name, (s, r) in sizes.items()}
+    return {name: site(factor("inputs", s), factor("outputs", r), own_bias(name, r)) for name, (s, r) in sizes}

@@ -16,7 +16,7 @@ from bayesify.errors import ConversionError
 from bayesify.graph.capture import capture, forward_names, linear_uses
 from bayesify.graph.export import ExportedUse, export_uses
 from bayesify.graph.inputs import Inputs, derive_inputs
-from bayesify.layers import is_exact, is_linear, rank1_class
+from bayesify.layers import is_exact, is_linear, rank1_class, weight_sizes
 
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Layers of torch.nn whose fused code reads their children's weights without calling them."""
@@ -45,9 +45,7 @@ class Plan:
         """{site name: (kind, (input channels, output channels))}."""
         found: dict[str, tuple[str, tuple[int, int]]] = {}
         for name, layer in self.layers.items():
-            equivalent = rank1_class(type(layer))
-            sizes = {} if equivalent is None else equivalent.sizes(layer)
-            for weight, size in sizes.items():
+            for weight, size in weight_sizes(layer).items():
                 found[site_name(name, weight)] = (type(layer).__name__, size)
         return found
 

@@ -15,5 +15,6 @@ from bayesify.layers.registry import is_linear as is_linear
 from bayesify.layers.registry import original_class as original_class
 from bayesify.layers.registry import rank1 as rank1
 from bayesify.layers.registry import rank1_class as rank1_class
+from bayesify.layers.registry import weight_sizes as weight_sizes
 from bayesify.layers.site import AdditiveSite as AdditiveSite
 from bayesify.layers.site import Site as Site

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bayesify.added import Added
+from bayesify.added import Held
 from bayesify.errors import BayesifyError
 from bayesify.layers.members import MemberVector
 from bayesify.layers.registry import Rewritten, original_class, replace_class
@@ -19,11 +19,13 @@ from bayesify.layers.registry import Rewritten, original_class, replace_class
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-class MemberNorm(Added):
+class MemberNorm(Held):
     """What K members have of their own in one batch norm over C channels.
 
     `weight` and `bias` are offsets [K, C] from the shared ones; running statistics are [K, C], counts [K].
     """
+
+    held: slice | None
 
     def __init__(self, layer: _BatchNorm, members: int) -> None:
         super().__init__()
@@ -35,15 +37,11 @@ class MemberNorm(Added):
             shared = getattr(layer, name, None)
             self.register_buffer(name, None if shared is None else torch.stack([shared] * members))
         self.members = members
-        self._held: slice | None = None
-
-    def hold(self, members: slice | None) -> None:
-        """Choose the members whose rows the next forward has; `None` ends it."""
-        self._held = members
 
     @property
-    def held(self) -> list[int] | None:
-        return None if self._held is None else list(range(*self._held.indices(self.members)))
+    def computed(self) -> list[int] | None:
+        """The members whose rows the next forward has; None outside of a `BayesianModel`'s pass."""
+        return None if self.held is None else list(range(*self.held.indices(self.members)))
 
     @torch.no_grad()
     def reset(self, layer: nn.Module) -> None:
@@ -53,14 +51,6 @@ class MemberNorm(Added):
             if own is not None:
                 own.copy_(getattr(layer, name).expand_as(own))
 
-    def train(self, mode: bool = True) -> MemberNorm:
-        if not mode:
-            self._held = None
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None}
-
 
 class MemberBatchNorm(Rewritten):
     """A batch norm whose rows, member-major, are normalized member by member by the layer's own forward."""
@@ -68,17 +58,17 @@ class MemberBatchNorm(Rewritten):
     rank1: MemberNorm  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:
-        held = self.rank1.held
-        if held is None:
+        members = self.rank1.computed
+        if members is None:
             with self._state_of(None):
                 return super().forward(input)  # type: ignore[misc]
-        if input.shape[0] % len(held):
+        if input.shape[0] % len(members):
             raise BayesifyError(
-                f"a batch norm of {len(held)} members got {input.shape[0]} rows, which is no multiple. Call the "
+                f"a batch norm of {len(members)} members got {input.shape[0]} rows, which is no multiple. Call the "
                 "BayesianModel, not the network inside it."
             )
         outputs = []
-        for member, part in zip(held, input.chunk(len(held)), strict=True):
+        for member, part in zip(members, input.chunk(len(members)), strict=True):
             with self._state_of(member):
                 outputs.append(super().forward(part))  # type: ignore[misc]
         return torch.cat(outputs)

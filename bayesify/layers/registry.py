@@ -112,8 +112,6 @@ def rank1_class(cls: type[nn.Module]) -> type[Rank1Layer] | None:
     A registered type has an importable class. A subclass of one gets its class from here: its nearest registered
     ancestor says where the channels are, and its own forward runs between the two multiplications.
     """
-    if issubclass(cls, Rank1Layer):
-        return cls
     for ancestor in cls.__mro__:
         equivalent = _TABLE.get(_full_name(ancestor))
         if equivalent is None:
@@ -125,6 +123,12 @@ def rank1_class(cls: type[nn.Module]) -> type[Rank1Layer] | None:
             own["forward"] = equivalent.own_forward()
         return type(f"Rank1{cls.__name__}", (equivalent, cls), own)
     return None
+
+
+def weight_sizes(layer: nn.Module) -> dict[str, tuple[int, int]]:
+    """{weight name: (input channels, output channels)} of a layer that has a rank-1 equivalent; {} of any other."""
+    equivalent = rank1_class(type(layer))
+    return {} if equivalent is None else equivalent.sizes(layer)
 
 
 def is_exact(cls: type[nn.Module]) -> bool:

@@ -65,10 +65,9 @@ class Site(nn.Module):
     # ---------------------------------------------------------------------------- one row of the draw
 
     def vectors(self, row: int) -> tuple[Tensor | None, Tensor | None]:
-        """One row of the draws: s [in] and r [out], float32. A draw of fewer rows is shared by neighbors."""
-        s, r = (None if f is None else f.value() for f in (self.s, self.r))
-        rows = self.rows
-        return tuple(None if v is None else v[row * v.shape[0] // rows] for v in (s, r))  # type: ignore[return-value]
+        """One row of the draws: s [in] and r [out], float32."""
+        s, r = (None if factor is None else factor.value()[row] for factor in (self.s, self.r))
+        return s, r
 
     def own_bias_of(self, row: int) -> Tensor | None:
         """[out] the own bias of the member that row `row` of the draws belongs to."""
