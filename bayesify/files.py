@@ -51,9 +51,9 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, content: Any, *, indent: int | None = 2) -> None:
+def write_json(path: str | Path, content: Any, *, indent: int | None = 2, allow_nan: bool = True) -> None:
     """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(content, indent=indent) + "\n")
+    write_text(path, json.dumps(content, indent=indent, allow_nan=allow_nan) + "\n")
 
 
 def check_output(folder: str | Path) -> Path:

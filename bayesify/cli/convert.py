@@ -7,19 +7,8 @@ from typing import Annotated
 
 import typer
 
-from bayesify.cli.common import (
-    Full,
-    Model,
-    NoPretrained,
-    NumLabels,
-    TrustRemoteCode,
-    inputs_of,
-    kind_of,
-    new_output,
-    say,
-    summary,
-    with_options,
-)
+from bayesify.cli.models import inputs_of, kind_of, new_output, summary
+from bayesify.cli.options import Full, Model, NoPretrained, NumLabels, TrustRemoteCode, with_options
 from bayesify.config import Rank1Config
 from bayesify.errors import ConversionError, FormatError
 
@@ -52,10 +41,10 @@ def convert(
         preprocessing = inputs_of(network, base, kind_of(network), trust_remote_code=trust_remote_code)
     except FormatError as error:
         preprocessing = None
-        say(f"Note: {error} `bayesify evaluate` and `predict` will not know how to make inputs.", err=True)
+        typer.echo(f"Note: {error} `bayesify evaluate` and `predict` will not know how to make inputs.", err=True)
     bnn = bayesify(network, rank1)
     bnn.origin = origin_of(network, base)
     bnn.label_names = list(base.label_names)
     bnn.preprocessing = preprocessing
     bnn.save_pretrained(output, full=full or no_pretrained)
-    say(f"{summary(bnn)} Saved to {output}.")
+    typer.echo(f"{summary(bnn)} Saved to {output}.")

@@ -7,18 +7,18 @@ from typing import Annotated
 
 import typer
 
-from bayesify.cli.common import (
+from bayesify.cli.models import device_of, labeled, load_compared
+from bayesify.cli.options import (
+    AnyModel,
+    Baseline,
+    BatchSize,
     DataOptions,
     Dataset,
     Device,
     MemberChunk,
     Samples,
+    Split,
     TrustRemoteCode,
-    device_of,
-    labeled,
-    load_baseline,
-    load_with_inputs,
-    say,
     with_options,
 )
 from bayesify.files import check_output
@@ -26,12 +26,10 @@ from bayesify.files import check_output
 
 @with_options(data="Data")
 def corruptions(
-    model: Annotated[
-        str, typer.Argument(help="A saved Bayesian model (folder or Hub id), or any base model.", show_default=False)
-    ],
+    model: AnyModel,
     dataset: Dataset,
     data: DataOptions,
-    split: Annotated[str, typer.Option(help="Split to evaluate on, or a part of it: test[:200].")] = "test",
+    split: Split = "test",
     corruption: Annotated[
         list[str] | None,
         typer.Option(help="A corruption, e.g. fog; repeat it for several. The default is all 15.", show_default=False),
@@ -53,16 +51,14 @@ def corruptions(
             show_default=False,
         ),
     ] = None,
-    baseline: Annotated[
-        str | None, typer.Option(help="Another model to list beside, on the same inputs.", show_default=False)
-    ] = None,
+    baseline: Baseline = None,
     mce: Annotated[
         bool,
         typer.Option("--mce", help="Also give the mCE, relative to AlexNet on ImageNet-C.", show_default=False),
     ] = False,
     samples: Samples = None,
     member_chunk: MemberChunk = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples of one forward pass.")] = 32,
+    batch_size: BatchSize = 32,
     workers: Annotated[int, typer.Option(min=0, help="Processes that corrupt and load images.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the corruptions and the draws.")] = 0,
     device: Device = None,
@@ -73,39 +69,33 @@ def corruptions(
         check_output(output)
     from rich.console import Console
 
-    from bayesify.evaluation import ALEXNET_ERRORS, evaluate_corruptions
-    from bayesify.model import BayesianModel
+    from bayesify.evaluation import ALEXNET_ERRORS, SEVERITIES, evaluate_corruptions
 
     where = device_of(device)
     splits = data.load(dataset, split)
-    network, preprocessing, classes = load_with_inputs(model, trust_remote_code)
-    name = "bayesian" if isinstance(network, BayesianModel) else "deterministic"
-    other = None
-    if baseline is not None:
-        other = load_baseline(baseline, model, classes, trust_remote_code).to(where)
-        name = "bayesian" if name == "bayesian" else "model"
+    loaded = load_compared(model, baseline, where, trust_remote_code)
     try:
         report = evaluate_corruptions(
-            network.to(where),
-            labeled(splits, next(iter(splits.named)), preprocessing, classes),
+            loaded.model,
+            labeled(splits, next(iter(splits.named)), loaded.preprocessing, loaded.classes),
             corruptions=corruption or None,
-            severities=severity or (1, 2, 3, 4, 5),
+            severities=severity or SEVERITIES,
             samples=samples,
             member_chunk=member_chunk,
             seed=seed,
             batch_size=batch_size,
             workers=workers,
             cache=cache,
-            baseline=other,
-            name=name,
+            baseline=loaded.baseline,
+            name=loaded.name,
             output=output,
             limit=limit,
             reference_errors=ALEXNET_ERRORS if mce else None,
         )
     except KeyboardInterrupt:
         if output is not None:
-            say("Interrupted. The same command goes on with the next set.", err=True)
+            typer.echo("Interrupted. The same command goes on with the next set.", err=True)
         raise
     Console().print(report)
     if output is not None:
-        say(f"Report: {output / 'corruptions.md'}.")
+        typer.echo(f"Report: {output / 'corruptions.md'}.")

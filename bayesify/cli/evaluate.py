@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bayesify.cli.common import (
+from bayesify.cli.models import device_of, labeled, load_compared
+from bayesify.cli.options import (
+    AnyModel,
+    Baseline,
+    BatchSize,
     DataOptions,
     Dataset,
     Device,
+    DrawSeed,
     MemberChunk,
     Samples,
+    Split,
     TrustRemoteCode,
-    device_of,
-    labeled,
-    load_baseline,
-    load_with_inputs,
-    say,
     with_options,
 )
 from bayesify.errors import DataError
@@ -30,12 +31,10 @@ if TYPE_CHECKING:
 
 @with_options(data="Data")
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="A saved Bayesian model (folder or Hub id), or any base model.", show_default=False)
-    ],
+    model: AnyModel,
     dataset: Dataset,
     data: DataOptions,
-    split: Annotated[str, typer.Option(help="Split to evaluate on, or a part of it: test[:200].")] = "test",
+    split: Split = "test",
     output: Annotated[
         Path | None, typer.Option(help="Folder for report.json, report.md and pictures.", show_default=False)
     ] = None,
@@ -48,14 +47,12 @@ def evaluate(
             help="Split of it, by default test or what there is; without --ood, of DATASET.", show_default=False
         ),
     ] = None,
-    baseline: Annotated[
-        str | None, typer.Option(help="Another model to list beside, on the same inputs.", show_default=False)
-    ] = None,
+    baseline: Baseline = None,
     samples: Samples = None,
     member_chunk: MemberChunk = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples of one forward pass.")] = 32,
+    batch_size: BatchSize = 32,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: DrawSeed = 0,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -66,37 +63,31 @@ def evaluate(
 
     from bayesify.data import make_loader
     from bayesify.evaluation import evaluate as run
-    from bayesify.model import BayesianModel
 
     where = device_of(device)
     splits = data.load(dataset, split)
-    network, preprocessing, classes = load_with_inputs(model, trust_remote_code)
-    name = "bayesian" if isinstance(network, BayesianModel) else "deterministic"
-    prepared = labeled(splits, next(iter(splits.named)), preprocessing, classes)
+    loaded = load_compared(model, baseline, where, trust_remote_code)
+    prepared = labeled(splits, next(iter(splits.named)), loaded.preprocessing, loaded.classes)
     outside = None
     if ood is not None or ood_split is not None:
         outside = _outside(
-            dataset if ood is None else ood, ood_split, data if ood is None else DataOptions(), preprocessing
+            dataset if ood is None else ood, ood_split, data if ood is None else DataOptions(), loaded.preprocessing
         )
-    other = None
-    if baseline is not None:
-        other = load_baseline(baseline, model, classes, trust_remote_code).to(where)
-        name = "bayesian" if name == "bayesian" else "model"
     report = run(
-        network.to(where),
+        loaded.model,
         make_loader(prepared, batch_size, workers=workers),
         out_of_distribution=None if outside is None else make_loader(outside, batch_size, workers=workers),
-        baseline=other,
+        baseline=loaded.baseline,
         samples=samples,
         member_chunk=member_chunk,
         seed=seed,
-        name=name,
-        class_names=classes or None,
+        name=loaded.name,
+        class_names=loaded.classes or None,
         output=output,
     )
     Console().print(report)
     if output is not None:
-        say(f"Report: {output / 'report.md'}.")
+        typer.echo(f"Report: {output / 'report.md'}.")
 
 
 def _outside(dataset: str, split: str | None, data: DataOptions, preprocessing: Preprocessing) -> PreparedDataset:

@@ -7,20 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayesify.cli.common import (
+from bayesify.cli.models import classes_of, inputs_of, labeled, new_output, summary
+from bayesify.cli.options import (
     DataOptions,
     Dataset,
     Full,
     NoPretrained,
     TrustRemoteCode,
-    classes_of,
     field_names,
-    inputs_of,
-    labeled,
-    new_output,
     refuse,
-    say,
-    summary,
     with_options,
 )
 from bayesify.config import Rank1Config
@@ -144,14 +139,16 @@ def finetune(
     tuner = FineTuner(network, train, validation, tuning, output=output)
     main = tuner.accelerator.is_main_process
     if main:
-        say(_plan(splits, classes) + ("" if deterministic else f" {summary(network)}"))  # type: ignore[arg-type]
+        typer.echo(_plan(splits, classes) + ("" if deterministic else f" {summary(network)}"))  # type: ignore[arg-type]
         if resume and not checkpoint:
-            say(f"{output} has no checkpoint yet: starting from the beginning.")
+            typer.echo(f"{output} has no checkpoint yet: starting from the beginning.")
     try:
         result = tuner.fit(resume=checkpoint)
     except KeyboardInterrupt:
         if main:
-            say(f"Interrupted. The same command with --resume goes on from the last checkpoint in {output}.", err=True)
+            typer.echo(
+                f"Interrupted. The same command with --resume goes on from the last checkpoint in {output}.", err=True
+            )
         raise
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # or the others would wait for the evaluation, and time out
@@ -178,8 +175,8 @@ def finetune(
 
         Console().print(report)
     if result.best_step is not None:
-        say(f"Best validation NLL {result.best_nll:.4f} nats, at step {result.best_step} of {result.steps}.")
-    say(
+        typer.echo(f"Best validation NLL {result.best_nll:.4f} nats, at step {result.best_step} of {result.steps}.")
+    typer.echo(
         f"Model: {output}. Log: {output / 'log.jsonl'}."
         + (f" Report on the {measured} split: {output / 'report.md'}." if report else "")
     )

@@ -7,16 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bayesify.cli.common import (
-    Model,
-    NoPretrained,
-    NumLabels,
-    TrustRemoteCode,
-    field_names,
-    refuse,
-    say,
-    with_options,
-)
+from bayesify.cli.options import Model, NoPretrained, NumLabels, TrustRemoteCode, field_names, refuse, with_options
 from bayesify.config import Rank1Config
 from bayesify.errors import ConversionError
 
@@ -66,8 +57,10 @@ def inspect(
     else:
         report = bayesify.inspect(network, rank1)
     if as_json:
-        say(json.dumps(report.to_dict(), indent=2))
+        typer.echo(json.dumps(report.to_dict(), indent=2))
         return
     Console().print(report)
     if check:
-        say("Checked: with factors that change nothing every member reproduces the network, and every site is reached.")
+        typer.echo(
+            "Checked: with factors that change nothing every member reproduces the network, and every site is reached."
+        )

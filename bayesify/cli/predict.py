@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayesify.cli.common import (
-    Device,
-    MemberChunk,
-    Samples,
-    TrustRemoteCode,
-    device_of,
-    load_with_inputs,
-    say,
-)
+from bayesify.cli.models import device_of, load_with_inputs
+from bayesify.cli.options import AnyModel, BatchSize, Device, DrawSeed, MemberChunk, Samples, TrustRemoteCode
 from bayesify.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,9 +22,7 @@ if TYPE_CHECKING:
 
 
 def predict(
-    model: Annotated[
-        str, typer.Argument(help="A saved Bayesian model (folder or Hub id), or any base model.", show_default=False)
-    ],
+    model: AnyModel,
     inputs: Annotated[
         list[str],
         typer.Argument(
@@ -52,8 +43,8 @@ def predict(
         bool,
         typer.Option("--text", help="Read every INPUT as a text, even if a file has that name.", show_default=False),
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples of one forward pass.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    batch_size: BatchSize = 32,
+    seed: DrawSeed = 0,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -83,7 +74,7 @@ def predict(
     if sort_uncertain:
         rows.sort(key=lambda row: -row.get("entropy", sum(row.get("variance", []))))
     if as_json:
-        say(json.dumps(rows, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
     else:
         Console().print(_table(rows))
 

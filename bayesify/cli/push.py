@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from bayesify.cli.common import say
-
 
 def push(
     folder: Annotated[Path, typer.Argument(help="A folder written by convert or finetune.", show_default=False)],
@@ -21,4 +19,4 @@ def push(
     """Upload a saved Bayesian model, its card and its pictures to the Hugging Face Hub, in one commit."""
     from bayesify.hub import push_folder
 
-    say(push_folder(folder, repo_id, private=private or None, message=message))
+    typer.echo(push_folder(folder, repo_id, private=private or None, message=message))

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from bayesify.errors import ConfigError, DataError
-from bayesify.evaluation.collect import collect
-from bayesify.evaluation.corrupted import CORRUPTIONS, CorruptedImages, CorruptionSet, corruption_sets
-from bayesify.evaluation.corruption_report import ALEXNET_ERRORS, BASELINE, CorruptionReport
+from bayesify.errors import DataError
+from bayesify.evaluation.collect import collect, collect_labeled, with_baseline
+from bayesify.evaluation.corrupted import CORRUPTIONS, SEVERITIES, CorruptedImages, CorruptionSet, corruption_sets
+from bayesify.evaluation.corruption_report import ALEXNET_ERRORS, CorruptionReport
 from bayesify.evaluation.corruptions import evaluate_corruptions
 from bayesify.evaluation.metrics import (
     METRICS,
@@ -29,6 +29,7 @@ __all__ = [
     "ALEXNET_ERRORS",
     "CORRUPTIONS",
     "METRICS",
+    "SEVERITIES",
     "CorruptedImages",
     "CorruptionReport",
     "CorruptionSet",
@@ -81,26 +82,22 @@ def evaluate(
         DataError: the data are empty or unlabeled, do not fit the model, or cannot be read again.
         ConfigError: the model and the baseline have the same name.
     """
-    models = {name: model}
+    models = with_baseline(model, name, baseline)
     if baseline is not None:
-        if name == BASELINE:
-            raise ConfigError(f"name={name!r} is what the baseline is called; choose another name for the model.")
         for given, batches in (("data", data), ("out_of_distribution", out_of_distribution)):
             if isinstance(batches, Iterator):
                 raise DataError(
                     f"{given} is an iterator and can be read once, but the baseline reads it again. "
                     "Give a DataLoader or a list of batches."
                 )
-        models[BASELINE] = baseline
 
     metrics, ood, classes, predictions = {}, {}, [], {}
     outside = None
     task = None
+    options: dict[str, Any] = {"samples": samples, "member_chunk": member_chunk, "seed": seed}
+    options |= {"progress": progress, "device": device}
     for title, network in models.items():
-        options = {"samples": samples, "member_chunk": member_chunk, "seed": seed, "progress": progress}
-        predictive, targets = collect(network, data, task=task, device=device, description=title, **options)
-        if targets is None:
-            raise DataError("the data have no labels to compare with; `collect` predicts unlabeled data.")
+        predictive, targets = collect_labeled(network, data, task=task, description=title, **options)
         task = task or predictive.task
         predictions[title] = (predictive, targets)
         if predictive.task == "regression":
@@ -111,14 +108,8 @@ def evaluate(
         if class_names is not None and title == name:
             classes = class_table(scores, class_names)
         if out_of_distribution is not None:
-            far, _ = collect(
-                network,
-                out_of_distribution,
-                labeled=False,
-                device=device,
-                description=f"{title}, out of distribution",
-                **options,
-            )
+            description = f"{title}, out of distribution"
+            far, _ = collect(network, out_of_distribution, labeled=False, description=description, **options)
             ood[title] = ood_metrics(predictive, far)
             outside = outside or far
 

@@ -7,20 +7,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor, nn
 
 from bayesify.batch import split_batch
-from bayesify.errors import DataError
+from bayesify.errors import ConfigError, DataError
 from bayesify.modes import evaluating
 from bayesify.predictive import Predictive, Task, check_labels
+from bayesify.progress import progress_bar
+
+BASELINE = "deterministic"
+"""What reports call the baseline."""
 
 
 def collect(
@@ -87,6 +83,23 @@ def collect(
     return predictive, torch.cat(known) if known else None
 
 
+def collect_labeled(model: Any, batches: Iterable[Any], **options: Any) -> tuple[Predictive, Tensor]:
+    """`collect`, but data without labels are a `DataError`."""
+    predictive, targets = collect(model, batches, **options)
+    if targets is None:
+        raise DataError("the data have no labels to compare with; `collect` predicts unlabeled data.")
+    return predictive, targets
+
+
+def with_baseline(model: Any, name: str, baseline: Any) -> dict[str, Any]:
+    """{name: network} of what is evaluated. Raises `ConfigError` if the model has the name of the baseline."""
+    if baseline is None:
+        return {name: model}
+    if name == BASELINE:
+        raise ConfigError(f"name={name!r} is what the baseline is called; choose another name for the model.")
+    return {name: model, BASELINE: baseline}
+
+
 def _plain(output: Any, task: Task) -> Predictive:
     """The output of an ordinary network as a predictive of one member and one sample."""
     logits: Any = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
@@ -133,13 +146,5 @@ def _tracked(batches: Iterable[Any], description: str, progress: bool) -> Iterat
         total = len(batches)  # type: ignore[arg-type]
     except TypeError:  # a generator, or a loader over a stream
         total = None
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bar:
+    with progress_bar(console=Console(stderr=True), transient=True, disable=not progress) as bar:
         yield from bar.track(batches, total=total, description=description)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -80,27 +81,52 @@ def corruption_sets(
         ConfigError: a name or number without meaning, data prepared for training, or `imagecorruptions` is missing.
         DataError: the data are no images.
     """
-    corruptions = check_names(corruptions)
-    severities = check_severities(severities)
-    if prepared.preprocessing.kind != "image":
-        raise DataError(f"corruptions are for images; the data set holds {prepared.preprocessing.kind}s.")
-    if prepared.training:
-        raise ConfigError("the data are prepared for training, with augmentation; prepare them with training=False.")
-    if batch_size < 1 or workers < 0:
-        raise ConfigError(f"expected batch_size ≥ 1 and workers ≥ 0; found {batch_size} and {workers}.")
-    versions()  # fails here, not in a worker
-    rows = rows_of(prepared, limit)
-    stages = Stages.of(prepared.preprocessing)
-    folder = None if cache is None else Path(cache)
-    key = "" if folder is None else fingerprint(prepared, rows, seed)
-    loading = _Loading(prepared, batch_size, workers, seed)
-    sets = [CorruptionSet(CLEAN, 0, loading.loader(Subset(prepared, rows)))]
-    for corruption in corruptions:
-        for severity in severities:
-            images = CorruptedImages(prepared, corruption, severity, seed=seed, rows=rows, stages=stages)
-            path = None if folder is None else folder / f"{corruption}-{severity}-{key[:16]}.arrow"
-            sets.append(CorruptionSet(corruption, severity, _Batches(images, loading, path)))
-    return sets
+    return CorruptionPlan(prepared, corruptions, severities, seed, limit).sets(batch_size, workers, cache)
+
+
+class CorruptionPlan:
+    """What `corruption_sets` is to make: its arguments, checked, and the rows."""
+
+    def __init__(
+        self,
+        prepared: PreparedDataset,
+        corruptions: Sequence[str] | None,
+        severities: Sequence[int],
+        seed: int,
+        limit: int | None,
+    ) -> None:
+        self.corruptions = _check_names(corruptions)
+        self.severities = _check_severities(severities)
+        if prepared.preprocessing.kind != "image":
+            raise DataError(f"corruptions are for images; the data set holds {prepared.preprocessing.kind}s.")
+        if prepared.training:
+            raise ConfigError(
+                "the data are prepared for training, with augmentation; prepare them with training=False."
+            )
+        self.versions = versions()  # fails here, not in a worker
+        self.prepared, self.seed = prepared, seed
+        self.rows = _rows(len(prepared), limit)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all images, which are read for it."""
+        return fingerprint(self.prepared, self.rows, self.seed)
+
+    def sets(self, batch_size: int, workers: int, cache: str | Path | None) -> list[CorruptionSet]:
+        if batch_size < 1 or workers < 0:
+            raise ConfigError(f"expected batch_size ≥ 1 and workers ≥ 0; found {batch_size} and {workers}.")
+        prepared, seed, rows = self.prepared, self.seed, self.rows
+        stages = Stages.of(prepared.preprocessing)
+        loading = _Loading(prepared, batch_size, workers, seed)
+        sets = [CorruptionSet(CLEAN, 0, loading.loader(Subset(prepared, rows)))]
+        for corruption in self.corruptions:
+            for severity in self.severities:
+                images = CorruptedImages(prepared, corruption, severity, seed=seed, rows=rows, stages=stages)
+                path = None
+                if cache is not None:
+                    path = Path(cache) / f"{corruption}-{severity}-{self.fingerprint[:16]}.arrow"
+                sets.append(CorruptionSet(corruption, severity, _Batches(images, loading, path)))
+        return sets
 
 
 class CorruptedImages(TorchDataset):
@@ -129,8 +155,8 @@ class CorruptedImages(TorchDataset):
         rows: Sequence[int] | None = None,
         stages: Stages | None = None,
     ) -> None:
-        (self.corruption,) = check_names([corruption])
-        (self.severity,) = check_severities([severity])
+        (self.corruption,) = _check_names([corruption])
+        (self.severity,) = _check_severities([severity])
         self.prepared = prepared
         self.seed = seed
         self.rows = list(range(len(prepared)) if rows is None else rows)
@@ -215,9 +241,8 @@ def _one_thread(worker: int) -> None:
     cv2.setNumThreads(0)  # OpenCV's threads do not survive a fork
 
 
-def rows_of(prepared: PreparedDataset, limit: int | None) -> list[int]:
+def _rows(total: int, limit: int | None) -> list[int]:
     """`limit` evenly spaced rows: the first ones of a sorted data set would all be of one class."""
-    total = len(prepared)
     if limit is None or limit >= total:
         return list(range(total))
     if limit < 1:
@@ -225,7 +250,7 @@ def rows_of(prepared: PreparedDataset, limit: int | None) -> list[int]:
     return [index * total // limit for index in range(limit)]
 
 
-def check_names(corruptions: Sequence[str] | None) -> tuple[str, ...]:
+def _check_names(corruptions: Sequence[str] | None) -> tuple[str, ...]:
     """Names among `CORRUPTIONS`, each once; None is all. Raises `ConfigError` with the nearest name."""
     if corruptions is None:
         return CORRUPTIONS
@@ -239,7 +264,7 @@ def check_names(corruptions: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(corruptions))
 
 
-def check_severities(severities: Sequence[int]) -> tuple[int, ...]:
+def _check_severities(severities: Sequence[int]) -> tuple[int, ...]:
     """Severities among 1 to 5, each once. Raises `ConfigError`."""
     wrong = [value for value in severities if type(value) is not int or value not in SEVERITIES]
     if wrong or not severities:

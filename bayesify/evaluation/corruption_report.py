@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import io
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from bayesify.errors import ConfigError, FormatError
+from bayesify.evaluation import tables
 from bayesify.evaluation.corrupted import SEVERITIES
 from bayesify.evaluation.metrics import METRICS
-from bayesify.files import read_json, replacing
+from bayesify.files import read_json, write_json, write_text
 
 FORMAT_VERSION = 1
-BASELINE = "deterministic"
 ROW_KEYS = ("model", "corruption", "severity")
-ARROWS = {"up": "↑", "down": "↓", "": ""}
 MAIN = ("nll", "accuracy", "ece")
 
 # Mean over the five severities of AlexNet's top-1 error on ImageNet-C (Hendrycks and Dietterich, ICLR 2019,
@@ -102,11 +96,11 @@ class CorruptionReport:
             "format_version": FORMAT_VERSION,
             "settings": self.settings,
             "reference_errors": self.reference_errors,
-            "summary": _texts(self.summary),
-            "sets": _texts(self.sets),
+            "summary": tables.finite_or_text(self.summary),
+            "sets": tables.finite_or_text(self.sets),
         }
-        _write(folder / "corruptions.json", json.dumps(stored, indent=2, allow_nan=False) + "\n")
-        _write(folder / "corruptions.md", self._markdown())
+        write_json(folder / "corruptions.json", stored, allow_nan=False)
+        write_text(folder / "corruptions.md", self._markdown())
 
     @classmethod
     def load(cls, folder: str | Path) -> CorruptionReport:
@@ -126,19 +120,10 @@ class CorruptionReport:
             raise FormatError(f"{path}: not a report on corruptions ({error}).") from error
 
     def __rich__(self) -> Table:
-        table = Table(title=self._heading(), title_justify="left", title_style="bold")
-        table.add_column("metric", no_wrap=True)
-        for title in self._columns():
-            table.add_column(Text(title), justify="right")
-        table.add_column("unit", style="dim")
-        for title, values, unit in self._rows():
-            table.add_row(title, *(Text(text, style="bold" if best else "") for text, best in values), unit)
-        return table
+        return tables.rich_table(self._heading(), self._columns(), self._rows())
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120, color_system=None, force_terminal=False, legacy_windows=False)
-        console.print(self)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        return tables.as_text(self, width=120)
 
     def _heading(self) -> str:
         rows = [row for row in self.sets if row["model"] == self.models[0]]
@@ -152,27 +137,28 @@ class CorruptionReport:
     def _columns(self) -> list[str]:
         return [f"{model}, {part}" for part in ("clean", "corrupted") for model in self.models]
 
-    def _rows(self) -> list[tuple[str, list[tuple[str, bool]], str]]:
-        """(title, (text, is the best of its kind) a column, unit) of each metric."""
+    def _rows(self) -> list[tuple[str, list[tables.Cell], str]]:
+        """(title, a cell for each column, unit) of each metric; clean and corrupted values are ranked apart."""
         summary = self.summary
         rows = []
         for key, metric in METRICS.items():
-            cells: list[tuple[str, bool]] = []
+            cells: list[tables.Cell] = []
             for part in ("clean", "corrupted"):
-                cells += _ranked([summary[model][part].get(key) for model in self.models], metric.better)
+                cells += tables.ranked([summary[model][part].get(key) for model in self.models], metric.better)
             if any(text != "–" for text, _ in cells):
-                rows.append((f"{metric.title} {ARROWS[metric.better]}".rstrip(), cells, metric.unit))
+                rows.append((tables.titled(metric), cells, metric.unit))
         mce = [summary[model].get("mce") for model in self.models]
         if any(value is not None for value in mce):
-            rows.append(("mCE ↓", [("–", False)] * len(mce) + _ranked(mce, "down", 2), "% of the reference"))
+            rows.append(("mCE ↓", [("–", False)] * len(mce) + tables.ranked(mce, "down", 2), "% of the reference"))
         return rows
 
     def _markdown(self) -> str:
         lines = ["# Corruptions", "", f"{self._heading()}.", ""]
-        lines += _table(["metric", *self._columns(), "unit"], [[t, *_bold(cells), u] for t, cells, u in self._rows()])
+        lines += _table(
+            ["metric", *self._columns(), "unit"], [[t, *tables.bold(cells), u] for t, cells, u in self._rows()]
+        )
         lines += [
-            "Corrupted: the mean over all sets (corruption × severity) of each set's own metric. "
-            "↑ higher is better, ↓ lower is better; the better value is bold.",
+            f"Corrupted: the mean over all sets (corruption × severity) of each set's own metric. {tables.LEGEND}",
             "",
             "![corruptions](corruptions.png)",
             "",
@@ -190,14 +176,10 @@ class CorruptionReport:
                 row = [str(entry)]
                 for key in MAIN:
                     values = [summary[model][part].get(entry, {}).get(key) for model in self.models]
-                    row += _bold(_ranked(values, METRICS[key].better))
+                    row += tables.bold(tables.ranked(values, METRICS[key].better))
                 rows.append(row)
             lines += _table(head, rows)
-        if self.settings:
-            lines += ["## Settings", ""]
-            lines += [f"- {_cell(key)}: {_cell(value)}" for key, value in self.settings.items()]
-            lines += [""]
-        return "\n".join(lines)
+        return "\n".join(lines + tables.settings_section(self.settings))
 
 
 def check_reference(
@@ -225,17 +207,6 @@ def read_row(stored: dict[str, Any]) -> dict[str, Any]:
     return known | {key: float(value) for key, value in stored.items() if key not in known}
 
 
-def finite_or_text(value: Any) -> Any:
-    """JSON has no infinities, so these are stored as their names."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _texts(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _texts(entry) for key, entry in value.items()}
-    return [_texts(entry) for entry in value] if isinstance(value, list) else finite_or_text(value)
-
-
 def _means(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Mean of each metric that all rows have."""
     rows = list(rows)
@@ -243,25 +214,5 @@ def _means(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     return {key: sum(row[key] for row in rows) / len(rows) for key in keys}
 
 
-def _ranked(values: list[float | None], better: str, digits: int = 4) -> list[tuple[str, bool]]:
-    known = [value for value in values if value is not None]
-    best = {"up": max, "down": min}[better](known) if better and len(set(known)) > 1 else None
-    return [("–" if v is None else f"{v:.{digits}f}", v is not None and v == best) for v in values]
-
-
-def _bold(cells: list[tuple[str, bool]]) -> list[str]:
-    return [f"**{text}**" if best else text for text, best in cells]
-
-
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return [*("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines), ""]
-
-
-def _cell(value: object) -> str:
-    return str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    return tables.markdown_table(head, "| --- |" + " ---: |" * (len(head) - 1), rows)

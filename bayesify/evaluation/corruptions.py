@@ -5,39 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 from torch import nn
 
 from bayesify.data import PreparedDataset
 from bayesify.errors import ConfigError, DataError, FormatError
-from bayesify.evaluation.collect import collect
-from bayesify.evaluation.corrupted import (
-    SEVERITIES,
-    CorruptionSet,
-    check_names,
-    check_severities,
-    corruption_sets,
-    rows_of,
-)
-from bayesify.evaluation.corruption_cache import fingerprint
-from bayesify.evaluation.corruption_report import (
-    BASELINE,
-    ROW_KEYS,
-    CorruptionReport,
-    check_reference,
-    finite_or_text,
-    read_row,
-)
-from bayesify.evaluation.imagecorruptions_compat import versions
+from bayesify.evaluation.collect import collect_labeled, with_baseline
+from bayesify.evaluation.corrupted import SEVERITIES, CorruptionSet, CorruptionPlan
+from bayesify.evaluation.corruption_report import ROW_KEYS, CorruptionReport, check_reference, read_row
 from bayesify.evaluation.metrics import metrics_from_scores
 from bayesify.evaluation.scores import score
-from bayesify.files import replacing
+from bayesify.evaluation.tables import finite_or_text
+from bayesify.files import write_text
+from bayesify.progress import progress_bar
 
 LOG_VERSION = 1
 LOG_FILE = "corruptions.jsonl"
@@ -93,29 +78,22 @@ def evaluate_corruptions(
         DataError: the data are no labeled images, do not fit the model, or cannot be read again.
         FormatError: `output` holds an evaluation with other settings.
     """
-    if baseline is not None and name == BASELINE:
-        raise ConfigError(f"name={name!r} is what the baseline is called; choose another name for the model.")
-    models = {name: model} if baseline is None else {name: model, BASELINE: baseline}
-    images = isinstance(data, PreparedDataset)
+    models = with_baseline(model, name, baseline)
     reference = dict(reference_errors or {})
     settings: dict[str, Any] = {"seed": seed, "samples": samples, "models": list(models)}
     if output is not None:
         settings["models"] = {title: _digest(network) for title, network in models.items()}
-    if images:
-        corruptions, severities = check_names(corruptions), check_severities(severities)
-        check_reference(reference, corruptions, severities)
+    if isinstance(data, PreparedDataset):
+        plan = CorruptionPlan(data, corruptions, severities, seed, limit)
+        check_reference(reference, plan.corruptions, plan.severities)
         if data.labels is None:
             raise DataError("the data have no labels to compare with; name their column with label_column.")
-        options = {"seed": seed, "batch_size": batch_size, "workers": workers, "cache": cache, "limit": limit}
-        sets: Iterable[Any] = corruption_sets(data, corruptions, severities, **options)
-        rows = rows_of(data, limit)
-        settings |= {"examples": len(rows), "versions": versions()}
+        sets: Iterable[Any] = plan.sets(batch_size, workers, cache)
+        settings |= {"examples": len(plan.rows), "versions": plan.versions}
         if samples is not None:
             settings["batch_size"] = batch_size  # the draws of an example depend on its batch
         if output is not None:
-            labels = repr([data.labels[row] for row in rows]).encode()
-            settings["images"] = fingerprint(data, rows, seed)
-            settings["labels"] = hashlib.sha256(labels).hexdigest()
+            settings |= _digests(plan, data.labels)
     else:
         if corruptions is not None or cache is not None or limit is not None or tuple(severities) != SEVERITIES:
             raise ConfigError(
@@ -124,9 +102,30 @@ def evaluate_corruptions(
         sets = _ready_made(data)
 
     log = _Log(None if output is None else Path(output) / LOG_FILE, settings)
-    report = CorruptionReport([], settings, reference)
-    with _bar(progress) as bar:
-        total = _total(sets, len(models))
+    options = {"samples": samples, "member_chunk": member_chunk, "seed": seed, "device": device}
+    rows = _measure(models, sets, reference, log, progress, options)
+    if not rows:
+        raise DataError("there is no set to evaluate: the data are empty.")
+    report = CorruptionReport(rows, settings, reference)
+    if output is not None:
+        report.save(output)
+    return report
+
+
+def _measure(
+    models: dict[str, Any],
+    sets: Iterable[Any],
+    reference: Mapping[str, float],
+    log: _Log,
+    progress: bool,
+    options: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """A row for each set and model, out of the log if it is there; `options` are those of `collect`."""
+    rows = []
+    total = _total(sets, len(models))
+    # The speed is that of the last hour: some corruptions take a hundred times as long as others.
+    shown = {"console": Console(stderr=True), "transient": True, "speed_estimate_period": 3600.0}
+    with progress_bar(disable=not progress, **shown) as bar:
         task = bar.add_task("", total=total)
         for entry in sets:
             corruption, severity, batches = _checked(entry, reference, len(models))
@@ -134,31 +133,15 @@ def evaluate_corruptions(
                 bar.update(task, description=f"{corruption} {severity}, {title}" if severity else f"clean, {title}")
                 row = log.rows.get((title, corruption, severity))
                 if row is None:
+                    counted = _counted(batches, bar, task)
+                    predictive, targets = collect_labeled(network, counted, progress=False, **options)
                     row = {"model": title, "corruption": corruption, "severity": severity}
-                    row |= _measure(
-                        network,
-                        _counted(batches, bar, task),
-                        samples=samples,
-                        member_chunk=member_chunk,
-                        seed=seed,
-                        device=device,
-                    )
+                    row |= {"examples": len(predictive), **metrics_from_scores(score(predictive, targets))}
                     log.keep(row)
                 elif total is not None:
                     bar.update(task, total=(total := total - len(batches)))  # type: ignore[arg-type]
-                report.sets.append(row)
-    if not report.sets:
-        raise DataError("there is no set to evaluate: the data are empty.")
-    if output is not None:
-        report.save(output)
-    return report
-
-
-def _measure(network: Any, batches: Iterable[Any], **options: Any) -> dict[str, Any]:
-    predictive, targets = collect(network, batches, progress=False, **options)
-    if targets is None:
-        raise DataError("the data have no labels to compare with; `collect` predicts unlabeled data.")
-    return {"examples": len(predictive), **metrics_from_scores(score(predictive, targets))}
+                rows.append(row)
+    return rows
 
 
 def _ready_made(data: Sets) -> Iterable[Any]:
@@ -200,9 +183,8 @@ class _Log:
     def keep(self, row: dict[str, Any]) -> None:
         self.rows[row["model"], row["corruption"], row["severity"]] = row
         if self.path is not None:
-            lines = [self.head, *({key: finite_or_text(value) for key, value in r.items()} for r in self.rows.values())]
-            with replacing(self.path) as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            lines = [self.head, *finite_or_text(list(self.rows.values()))]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _read(self, path: Path) -> None:
         try:
@@ -237,6 +219,12 @@ def _digest(model: Any) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def _digests(plan: CorruptionPlan, labels: Sequence[Any]) -> dict[str, str]:
+    """Hex digests of the images and of their labels."""
+    chosen = repr([labels[row] for row in plan.rows]).encode()
+    return {"images": plan.fingerprint, "labels": hashlib.sha256(chosen).hexdigest()}
+
+
 def _total(sets: Iterable[Any], models: int) -> int | None:
     """Batches of all sets and models, if the sets and their batches can be counted."""
     try:
@@ -245,23 +233,7 @@ def _total(sets: Iterable[Any], models: int) -> int | None:
         return None
 
 
-def _counted(batches: Iterable[Any], bar: Progress, task: Any) -> Iterator[Any]:
+def _counted(batches: Iterable[Any], bar: Progress, task: TaskID) -> Iterator[Any]:
     for batch in batches:
         yield batch
         bar.advance(task)
-
-
-@contextmanager
-def _bar(progress: bool) -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    # The speed is that of the last hour: some corruptions take a hundred times as long as others.
-    options = {"console": Console(stderr=True), "transient": True, "speed_estimate_period": 3600.0}
-    with Progress(*columns, disable=not progress, **options) as bar:
-        yield bar

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
-import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from bayesify.errors import FormatError
+from bayesify.evaluation import tables
 from bayesify.evaluation.metrics import METRICS, Metric
 from bayesify.evaluation.scores import score
-from bayesify.files import replacing
+from bayesify.files import write_json, write_text
 from bayesify.predictive import Predictive
 
 FORMAT_VERSION = 1
-ARROWS = {"up": "↑", "down": "↓", "": ""}
 
 
 @dataclass
@@ -56,8 +52,8 @@ class Evaluation:
         """Write report.json, report.md and, for classification, its pictures. Each file is replaced whole."""
         folder = Path(folder)
         pictures = self._draw(folder)
-        _write(folder / "report.json", json.dumps(self._plain(), indent=2, allow_nan=False) + "\n")
-        _write(folder / "report.md", self._markdown(pictures))
+        write_json(folder / "report.json", self._plain(), allow_nan=False)
+        write_text(folder / "report.md", self._markdown(pictures))
 
     @classmethod
     def load(cls, folder: str | Path) -> Evaluation:
@@ -81,51 +77,29 @@ class Evaluation:
             raise FormatError(f"{path}: not an evaluation report ({error}).") from error
 
     def __rich__(self) -> Table:
-        table = Table(title=self._heading(), title_justify="left", title_style="bold")
-        table.add_column("metric", no_wrap=True)
-        for name in self.metrics:
-            table.add_column(Text(name), justify="right")
-        table.add_column("unit", style="dim")
-        for metric, values in self._rows():
-            title = f"{metric.title} {ARROWS[metric.better]}".rstrip()
-            table.add_row(title, *(Text(text, style="bold" if best else "") for text, best in values), metric.unit)
-        return table
+        rows = [(tables.titled(metric), cells, metric.unit) for metric, cells in self._rows()]
+        return tables.rich_table(self._heading(), self.metrics, rows)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100, color_system=None, force_terminal=False, legacy_windows=False)
-        console.print(self)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        return tables.as_text(self, width=100)
 
     def _heading(self) -> str:
         return f"{self.num_examples} examples; members {self.members}, samples {self.samples}, seed {self.seed}"
 
-    def _rows(self) -> list[tuple[Metric, list[tuple[str, bool]]]]:
-        """For each metric, the (text, is the best) of every model; a lone model is never called best."""
+    def _rows(self) -> list[tuple[Metric, list[tables.Cell]]]:
+        """The metrics that a model has, with a cell for every model."""
         rows = []
         for key, metric in METRICS.items():
             values = [{**self.metrics[name], **self.ood.get(name, {})}.get(key) for name in self.metrics]
-            known = [value for value in values if value is not None]
-            if not known:
-                continue
-            best = {"up": max(known), "down": min(known), "": None}[metric.better]
-            ranked = len(known) > 1 and len(set(known)) > 1
-            rows.append(
-                (
-                    metric,
-                    [("–" if v is None else f"{v:.4f}", ranked and v is not None and v == best) for v in values],
-                )
-            )
+            if any(value is not None for value in values):
+                rows.append((metric, tables.ranked(values, metric.better)))
         return rows
 
     def _plain(self) -> dict[str, Any]:
-        """What report.json holds. JSON has no infinities, so these are stored as their names."""
+        """What report.json holds."""
         stored = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("predictions", "outside")}
-        for name in ("metrics", "ood"):
-            stored[name] = {
-                model: {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
-                for model, values in stored[name].items()
-            }
-        return {"format_version": FORMAT_VERSION, **stored}
+        numbers = {name: tables.finite_or_text(stored[name]) for name in ("metrics", "ood")}
+        return {"format_version": FORMAT_VERSION, **stored, **numbers}
 
     def _draw(self, folder: Path) -> dict[str, str]:
         """Write the pictures; {file name: caption}."""
@@ -149,36 +123,20 @@ class Evaluation:
         }
 
     def _markdown(self, pictures: dict[str, str]) -> str:
-        names = [_cell(name) for name in self.metrics]
+        rule = "|---|" + "---:|" * len(self.metrics) + "---|---|"
+        rows = [
+            [tables.titled(metric), *tables.bold(cells), metric.unit, metric.meaning] for metric, cells in self._rows()
+        ]
         lines = ["# Evaluation", "", f"{self._heading()}.", ""]
-        lines += ["| metric | " + " | ".join(names) + " | unit | meaning |"]
-        lines += ["|---|" + "---:|" * len(names) + "---|---|"]
-        for metric, values in self._rows():
-            shown = " | ".join(f"**{text}**" if best else text for text, best in values)
-            title = f"{metric.title} {ARROWS[metric.better]}".rstrip()
-            lines += [f"| {title} | {shown} | {metric.unit} | {_cell(metric.meaning)} |"]
-        lines += ["", "↑ higher is better, ↓ lower is better; the better value is bold.", ""]
+        lines += [*tables.markdown_table(["metric", *self.metrics, "unit", "meaning"], rule, rows), tables.LEGEND, ""]
         for file, caption in pictures.items():
             lines += [f"![{file.removesuffix('.png').replace('_', ' ')}]({file})", "", caption, ""]
         if self.classes:
-            lines += ["## Hardest classes", "", "| class | examples | accuracy |", "|---|---:|---:|"]
-            lines += [f"| {_cell(r['class'])} | {r['examples']} | {r['accuracy']:.4f} |" for r in self.classes[:10]]
-            lines += [""]
-        if self.settings:
-            lines += ["## Settings", ""]
-            lines += [f"- {_cell(key)}: {_cell(value)}" for key, value in self.settings.items()]
-            lines += [""]
-        return "\n".join(lines)
-
-
-def _cell(value: object) -> str:
-    return str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+            hardest = [[row["class"], row["examples"], f"{row['accuracy']:.4f}"] for row in self.classes[:10]]
+            lines += ["## Hardest classes", ""]
+            lines += tables.markdown_table(["class", "examples", "accuracy"], "|---|---:|---:|", hardest)
+        return "\n".join(lines + tables.settings_section(self.settings))
 
 
 def _numbers(stored: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     return {model: {key: float(value) for key, value in values.items()} for model, values in stored.items()}
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

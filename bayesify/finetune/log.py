@@ -7,14 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TextColumn
+
+from bayesify.progress import progress_bar
 
 
 class TrainingLog:
@@ -34,16 +29,8 @@ class TrainingLog:
             rows = map(_read_row, self.path.read_text().splitlines())
             self.rows = [row for row in rows if row is not None and row["step"] <= first_step] if first_step else []
             self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            disable=not (show and accelerator.is_main_process),
-        )
+        shown = show and accelerator.is_main_process
+        self.progress = progress_bar(TextColumn("{task.fields[numbers]}"), disable=not shown)
         self.task = self.progress.add_task("fine-tune", total=total, completed=first_step, numbers="")
 
     def __enter__(self) -> TrainingLog:

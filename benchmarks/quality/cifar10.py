@@ -17,18 +17,18 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from results import cell, read, summary, write
+from results import cell, read, summary, write_table
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from bayesify import FineTuner, bayesify, evaluate
-from bayesify.data import ImagePreprocessing, load_data, prepare
+from bayesify.data import Splits, prepare
 from bayesify.evaluation import corruption_sets, evaluate_corruptions
+from bayesify.files import write_json
 from bayesify.recipes import RECIPES, Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "integrations" / "cifar"))
-from data import MEAN, STD, Images
+from data import PREPROCESSING, Images, load_splits
 from wide_resnet import WideResNet
 
 START = {"init": "normal", "init_scale": 0.5}
@@ -57,13 +57,17 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 COLUMNS = {"nll": "NLL", "accuracy": "accuracy", "ece": "ECE", "cnll": "cNLL", "ca": "cA", "cece": "cECE"}
 COLUMNS |= {"disagreement": "disagreement", "member_nll": "member NLL"}
 
+TUNING = ("epochs", "batch_size", "precision")
+"""Settings of a run that are options of its training."""
 
-def recipe_of(name: str, shared: dict[str, Any]) -> Recipe:
+
+def recipe_of(name: str, seed: int, settings: dict[str, Any]) -> Recipe:
     """As published, in fewer epochs of smaller batches, with the learning rate scaled by the batch."""
     options = dict(VARIANTS[name] or {})
     recipe = RECIPES[options.pop("recipe", "cifar10-gaussian")]
-    rate = recipe.tuning.learning_rate * shared["batch_size"] / recipe.tuning.batch_size
-    return recipe.override(**options, **shared, learning_rate=rate, warmup=0.05, log_every=100)
+    rate = recipe.tuning.learning_rate * settings["batch_size"] / recipe.tuning.batch_size
+    options |= {key: settings[key] for key in TUNING}
+    return recipe.override(**options, seed=seed, learning_rate=rate, warmup=0.05, log_every=100)
 
 
 def build(name: str, recipe: Recipe, depth: int, width: int, seed: int) -> nn.Module:
@@ -83,11 +87,9 @@ def measure(model: nn.Module, test: Images, corrupted: list[Any], samples: int |
     return clean | {ours: report["corrupted"][theirs] for ours, theirs in names.items()}
 
 
-def corruptions_of(folder: Path, count: int, cache: Path) -> list[Any]:
+def corruptions_of(splits: Splits, count: int, cache: Path) -> list[Any]:
     """The 75 corrupted sets of evenly spaced test images, in memory."""
-    preprocessing = ImagePreprocessing((3, 32, 32), mean=MEAN, std=STD, crop_pct=1.0)
-    prepared = prepare(load_data(str(folder)), "test", preprocessing)
-    sets = corruption_sets(prepared, batch_size=250, cache=cache, limit=count)
+    sets = corruption_sets(prepare(splits, "test", PREPROCESSING), batch_size=250, cache=cache, limit=count)
     return [(corruption, severity, list(batches)) for corruption, severity, batches in sets if severity]
 
 
@@ -108,63 +110,61 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     console = Console()
-    shared = {"epochs": epochs, "batch_size": batch_size, "precision": "bf16"}
-    settings = {**shared, "depth": depth, "width": width, "corrupted": corrupted}
+    settings: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "precision": "bf16"}
+    settings |= {"depth": depth, "width": width, "corrupted": corrupted}
     names = [name.strip() for name in variants.split(";")]
     if unknown := [name for name in names if name not in VARIANTS]:
         raise typer.BadParameter(f"unknown variant {unknown[0]!r}; expected some of {'; '.join(VARIANTS)}.")
     which, parts = map(int, part.split("/"))
     runs = [(name, seed) for seed in range(seeds) for name in names][which - 1 :: parts]
-    missing = [run for run in runs if not is_done(output, *run, settings)]
+    missing = [run for run in runs if not find(output, *run, settings)]
     if missing:
-        splits = load_data(str(data))
-        images = Images.read(splits.get("train"), splits.input_column, str(splits.label_column))
-        test = Images.read(splits.get("test"), splits.input_column, str(splits.label_column))
-        sets = corruptions_of(data, corrupted, output / "corrupted")
+        make(missing, data, output, settings, console)
+    tabulate(output, names, seeds, settings, console)
+
+
+def make(missing: list[tuple[str, int]], data: Path, folder: Path, settings: dict[str, Any], console: Console) -> None:
+    """Train and measure these variants with these seeds."""
+    splits = load_splits(str(data))
+    columns = splits.input_column, str(splits.label_column)
+    train, test = (Images.read(splits.get(name), *columns) for name in ("train", "test"))
+    corrupted = corruptions_of(splits, settings["corrupted"], folder / "corrupted")
     for number, (name, seed) in enumerate(missing, 1):
         console.print(f"run {number} of {len(missing)}: {name}, seed {seed}")
         started = time.perf_counter()
-        recipe = recipe_of(name, {**shared, "seed": seed})
-        model = build(name, recipe, depth, width, seed)
-        data_of_run = Images(images.images, images.labels, training=True, seed=seed)
-        FineTuner(model, data_of_run, config=recipe.tuning).fit()
+        recipe = recipe_of(name, seed, settings)
+        model = build(name, recipe, settings["depth"], settings["width"], seed)
+        augmented = Images(train.images, train.labels, training=True, seed=seed)
+        FineTuner(model, augmented, config=recipe.tuning).fit()
         seconds = round(time.perf_counter() - started, 1)
-        random = VARIANTS[name] is not None and recipe.rank1.posterior != "deterministic"
-        metrics = measure(model, test, sets, recipe.tuning.eval_samples if random else None)
+        metrics = measure(model, test, corrupted, None if VARIANTS[name] is None else recipe.samples)
         result = {"variant": name, "options": VARIANTS[name], "seed": seed, "settings": settings}
-        write(path_of(output, name, seed), {**result, "train_seconds": seconds, "metrics": metrics})
+        write_json(path_of(folder, name, seed), {**result, "train_seconds": seconds, "metrics": metrics}, indent=None)
         console.print({key: round(metrics[key], 4) for key in COLUMNS} | {"train_seconds": seconds})
-    write_table(output, names, seeds, settings, console)
 
 
-def is_done(folder: Path, name: str, seed: int, settings: dict[str, Any]) -> bool:
+def find(folder: Path, name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """The result of a run with these settings and the variant's options of today; {} if it has not been made."""
     found = read(path_of(folder, name, seed))
-    return found.get("settings") == settings and found["options"] == VARIANTS[name]
+    return found if found.get("settings") == settings and found["options"] == VARIANTS[name] else {}
 
 
 def path_of(folder: Path, name: str, seed: int) -> Path:
     return folder / "runs" / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}.json"
 
 
-def write_table(folder: Path, names: list[str], seeds: int, settings: dict[str, Any], console: Console) -> None:
-    """Print the table of the runs there are, and write it as table.md and table.json."""
-    table = Table(title="CIFAR-10, a small WRN from scratch, mean ± standard error")
-    head = ["", "seeds", *COLUMNS.values()]
-    for column in head:
-        table.add_column(column, justify="right" if column else "left")
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+def tabulate(folder: Path, names: list[str], seeds: int, settings: dict[str, Any], console: Console) -> None:
+    """Print and write the table of the runs there are."""
+    rows: list[list[str]] = []
     content: dict[str, Any] = {"settings": settings, "torch": str(torch.__version__), "variants": {}}
     for name in names:
-        done = [seed for seed in range(seeds) if is_done(folder, name, seed, settings)]
-        metrics = [read(path_of(folder, name, seed))["metrics"] for seed in done]
+        found = [find(folder, name, seed, settings) for seed in range(seeds)]
+        metrics = [run["metrics"] for run in found if run]
         cells = {key: summary([one[key] for one in metrics]) for key in COLUMNS}
-        texts = [name, str(len(metrics)), *(cell(cells[key], 3) for key in COLUMNS)]
-        table.add_row(*texts)
-        lines.append("| " + " | ".join(texts) + " |")
+        rows.append([name, str(len(metrics)), *(cell(cells[key], 3) for key in COLUMNS)])
         content["variants"][name] = {"seeds": len(metrics), **cells, "runs": metrics}
-    console.print(table)
-    write(folder / "table.json", content, indent=1)
-    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    title = "CIFAR-10, a small WRN from scratch, mean ± standard error"
+    write_table(folder, title, ["", "seeds", *COLUMNS.values()], rows, content, console)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from results import cell, read, summary, write
+from results import cell, read, summary, write_table
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor, nn
 
 from bayesify import FineTuneConfig, FineTuner, Predictive, bayesify
 from bayesify.evaluation import classification_metrics, collect
+from bayesify.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "integrations" / "mimic3"))
 from mean_field import MeanField, train_mean_field
@@ -178,7 +178,10 @@ class Runs:
 
     def read(self, setting: Setting, seed: int) -> dict[str, Any]:
         """What is known of a run: {} if it has not been made."""
-        return read(self.folder / "runs" / f"{setting.name}-seed{seed}.json")
+        return read(self.path(setting, seed))
+
+    def path(self, setting: Setting, seed: int) -> Path:
+        return self.folder / "runs" / f"{setting.name}-seed{seed}.json"
 
     def make(self, wanted: list[tuple[Setting, int]], splits: tuple[str, ...], title: str) -> None:
         """Make every run that is wanted and not there, with a bar and the time left."""
@@ -204,7 +207,7 @@ class Runs:
             result[split] = {"metrics": metrics(torch.tensor([odds]), self.data[split].labels), "log_odds": odds}
         result["seconds_per_epoch"] = round((trained - started) / setting.epochs, 3)
         result["seconds"] = round(time.perf_counter() - started, 3)
-        write(self.folder / "runs" / f"{setting.name}-seed{seed}.json", result)
+        write_json(self.path(setting, seed), result, indent=None)
         return result
 
     def scores(self, method: str, setting: Setting, seed: int, split: str) -> dict[str, float | None]:
@@ -236,7 +239,7 @@ def search(runs: Runs, methods: list[str], shared: dict[str, Any]) -> dict[str, 
             {"validation_nll": round(value, 5), "chosen": setting == chosen[method], "setting": asdict(setting)}
             for value, setting in sorted(zip(nll, settings, strict=True), key=lambda pair: pair[0])
         ]
-    write(runs.folder / "search.json", {**read(runs.folder / "search.json"), **record}, indent=1)
+    write_json(runs.folder / "search.json", {**read(runs.folder / "search.json"), **record}, indent=1)
     return chosen
 
 
@@ -284,29 +287,23 @@ def main(
     chosen = {name: best[source[name]] for name in rows}
     wanted = [(chosen[name], own) for seed in range(seeds) for name in rows for own in network_seeds(name, seed)]
     runs.make(wanted, SPLITS, "table")
-    write_table(runs, chosen, seeds)
+    tabulate(runs, chosen, seeds)
 
 
-def write_table(runs: Runs, chosen: dict[str, Setting], seeds: int) -> None:
-    """Print the table and write it as table.json, with settings and every seed, and as table.md."""
+def tabulate(runs: Runs, chosen: dict[str, Setting], seeds: int) -> None:
+    """Print and write the table, with settings and every seed in its JSON."""
     head = ["method", *(f"{split} {title}" for split in ("val", "test") for title in METRICS.values())]
-    table = Table(title=f"PhysioNet 2012, mean ± standard error over {seeds} seeds")
-    for column in head:
-        table.add_column(column, justify="left" if column == "method" else "right")
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    rows: list[list[str]] = []
     content: dict[str, Any] = {"seeds": seeds, "torch": str(torch.__version__), "methods": {}}
     for name, setting in chosen.items():
         by_split = {split: [runs.scores(name, setting, seed, split) for seed in range(seeds)] for split in SPLITS}
         cells = {s: {m: summary([v[m] for v in values]) for m in METRICS} for s, values in by_split.items()}
-        texts = [TITLES[name], *(cell(cells[split][metric]) for split in SPLITS for metric in METRICS)]
-        table.add_row(*texts)
-        lines.append("| " + " | ".join(texts) + " |")
+        rows.append([TITLES[name], *(cell(cells[split][metric]) for split in SPLITS for metric in METRICS)])
         first = runs.read(setting, network_seeds(name, 0)[0])
         timing = {key: first[key] for key in ("seconds", "seconds_per_epoch")}
         content["methods"][name] = {"setting": asdict(setting), **timing, **cells, "by_seed": by_split}
-    runs.console.print(table)
-    write(runs.folder / "table.json", content, indent=1)
-    (runs.folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    title = f"PhysioNet 2012, mean ± standard error over {seeds} seeds"
+    write_table(runs.folder, title, head, rows, content, runs.console)
 
 
 if __name__ == "__main__":

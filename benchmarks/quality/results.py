@@ -1,4 +1,4 @@
-"""What the quality benchmarks share: runs kept as files, and cells of mean ± standard error."""
+"""What the quality benchmarks share: runs kept as files, and tables of mean ± standard error."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bayesify.files import replacing
+from rich.console import Console
+from rich.table import Table
+
+from bayesify.files import write_json, write_text
 
 
 def read(path: Path) -> dict[str, Any]:
     """The content of a result file, {} if there is none yet."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def write(path: Path, content: dict[str, Any], *, indent: int | None = None) -> None:
-    """Write a result file, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
 def summary(values: list[float | None]) -> dict[str, float | None]:
@@ -37,3 +34,19 @@ def cell(value: dict[str, float | None], digits: int = 4) -> str:
         return "–"
     error = value["standard_error"]
     return f"{value['mean']:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def write_table(
+    folder: Path, title: str, head: list[str], rows: list[list[str]], content: dict[str, Any], console: Console
+) -> None:
+    """Print a table and write it as table.md, and all that is known of it as table.json."""
+    table = Table(title=title)
+    for number, column in enumerate(head):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    write_json(folder / "table.json", content, indent=1)
+    lines = ["| " + " | ".join(row) + " |\n" for row in (head, *rows)]
+    lines.insert(1, "| --- |" + " ---: |" * (len(head) - 1) + "\n")
+    write_text(folder / "table.md", "".join(lines))

@@ -1,10 +1,10 @@
-"""What the experiments on CIFAR and ImageNet share: options on top of a recipe, the output folder, training."""
+"""What CIFAR and ImageNet share: options on top of a recipe, the output folder, training, reports."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from datasets import Dataset
 from rich import print
 from torch import nn
 
-from bayesify import BayesianModel, ConfigError, FineTuneConfig, FineTuner, FormatError, Rank1Config
+from bayesify import BayesianModel, ConfigError, FineTuneConfig, FineTuner, FormatError, Rank1Config, evaluate
+from bayesify.evaluation import evaluate_corruptions
 from bayesify.files import check_output
 from bayesify.recipes import Recipe
 
@@ -79,3 +80,23 @@ def train(tuner: FineTuner, resume: bool) -> bool:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # or the others would wait for the evaluation, and time out
     return is_main
+
+
+def report(
+    model: nn.Module,
+    recipe: Recipe,
+    batches: Iterable[Any],
+    corruptions: Mapping[str, Any],
+    *,
+    seed: int,
+    output: Path,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Evaluate on clean batches and, if there are any options of `evaluate_corruptions`, on corrupted images."""
+    is_bayesian = isinstance(model, BayesianModel)
+    shared: dict[str, Any] = {"seed": seed, "output": output}
+    shared |= {"name": "bayesian", "samples": recipe.samples} if is_bayesian else {"name": "deterministic"}
+    print(evaluate(model, batches, class_names=class_names, **shared))
+    if corruptions:
+        print(evaluate_corruptions(model, **corruptions, **shared))
+    print(f"Reports: {output / 'report.md'}" + (f", {output / 'corruptions.md'}" if corruptions else ""))

@@ -14,15 +14,16 @@ from typing import Annotated, Any
 import torch
 import typer
 from data import PREPROCESSING, Images, load_splits
-from experiment import configure, has_checkpoint, some, train
+from experiment import configure, has_checkpoint, report, some, train
 from rich import print
 from safetensors.torch import save_model
+from torch import nn
 from wide_resnet import WideResNet
 
-from bayesify import ConfigError, FineTuner, bayesify, evaluate
+from bayesify import BayesianModel, ConfigError, FineTuner, bayesify
 from bayesify import recipes as published
 from bayesify.data import make_loader, prepare
-from bayesify.evaluation import corruption_sets, evaluate_corruptions
+from bayesify.evaluation import SEVERITIES, corruption_sets
 
 
 def main(
@@ -70,11 +71,12 @@ def main(
     splits = load_splits(data, label_column)
     classes, columns = splits.label_names, (splits.input_column, str(splits.label_column))
     test = prepare(dataclasses.replace(splits, test=some(splits.get("test"), test_images)), "test", PREPROCESSING)
-    corruptions: dict[str, Any] = {"corruptions": corruption or None, "severities": severity or (1, 2, 3, 4, 5)}
+    batch = min(tuning.batch_size, 128)
+    corruptions: dict[str, Any] = {}
     if corrupted_images != 0:
-        corruption_sets(
-            test, **corruptions, limit=corrupted_images
-        )  # what it finds wrong is not for after the training
+        sets = {"corruptions": corruption or None, "severities": severity or SEVERITIES, "limit": corrupted_images}
+        corruption_sets(test, **sets)  # what it finds wrong is not for after the training
+        corruptions = {"data": test, **sets, "batch_size": batch, "workers": tuning.workers, "cache": corruption_cache}
     if validation:
         splits = splits.split_validation(validation, seed)
     images = Images.read(splits.get("train"), *columns, training=True, seed=seed)
@@ -87,33 +89,20 @@ def main(
         model.label_names, model.preprocessing = classes, PREPROCESSING
     if not train(FineTuner(model, images, held_out, tuning, output=output), goes_on):
         return
+    save(model, output, f"WideResNet({depth}, {width}, {len(classes)})")
+    # The draws of an example depend on its batch: with the same batches both reports agree on the clean images.
+    batches = make_loader(test, batch, workers=tuning.workers)
+    report(model, chosen, batches, corruptions, seed=seed, output=output, class_names=classes)
 
-    network = f"WideResNet({depth}, {width}, {len(classes)})"
-    if deterministic:
-        save_model(model, str(output / "model.safetensors"))
-        print(f"To load it again: safetensors.torch.load_model({network}, '{output / 'model.safetensors'}')")
-    else:
+
+def save(model: nn.Module, output: Path, network: str) -> None:
+    """Save the model and say how to load it; `network` is the code that builds the one below."""
+    if isinstance(model, BayesianModel):
         model.save_pretrained(output)
         print(f"To load it again: from_pretrained('{output}', base_model={network})")
-    # The draws of an example depend on its batch: with the same batches both reports agree on the clean images.
-    random = not deterministic and chosen.rank1.posterior != "deterministic"
-    shared = {"samples": tuning.eval_samples if random else None, "seed": seed, "output": output}
-    shared["name"] = "deterministic" if deterministic else "bayesian"
-    batch = min(tuning.batch_size, 128)
-    print(evaluate(model, make_loader(test, batch, workers=tuning.workers), class_names=classes, **shared))
-    if corrupted_images != 0:
-        report = evaluate_corruptions(
-            model,
-            test,
-            batch_size=batch,
-            workers=tuning.workers,
-            cache=corruption_cache,
-            limit=corrupted_images,
-            **corruptions,
-            **shared,
-        )
-        print(report)
-    print(f"Reports: {output / 'report.md'}" + (f", {output / 'corruptions.md'}" if corrupted_images != 0 else ""))
+    else:
+        save_model(model, str(output / "model.safetensors"))
+        print(f"To load it again: safetensors.torch.load_model({network}, '{output / 'model.safetensors'}')")
 
 
 if __name__ == "__main__":

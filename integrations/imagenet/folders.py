@@ -15,9 +15,7 @@ from bayesify.data import ImagePreprocessing, PreparedDataset, make_loader
 from bayesify.data.files import IMAGE_SUFFIXES
 from bayesify.data.transforms import TimmTransform
 from bayesify.errors import DataError
-from bayesify.evaluation import CORRUPTIONS
-
-SEVERITIES = (1, 2, 3, 4, 5)
+from bayesify.evaluation import CORRUPTIONS, SEVERITIES
 
 
 class RandomCrops(ImagePreprocessing):

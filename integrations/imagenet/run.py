@@ -19,14 +19,14 @@ from folders import RandomCrops, class_names, imagenet_c, prepare_folder, read_f
 from rich import print
 from torch import nn
 
-from bayesify import ConfigError, FineTuneConfig, FineTuner, Rank1Config, bayesify, evaluate
+from bayesify import BayesianModel, ConfigError, FineTuneConfig, FineTuner, Rank1Config, bayesify
 from bayesify import recipes as published
 from bayesify.data import Splits, make_loader, preprocessing_for
-from bayesify.evaluation import ALEXNET_ERRORS, corruption_sets, evaluate_corruptions
+from bayesify.evaluation import ALEXNET_ERRORS, corruption_sets
 from bayesify.hub import load_base, origin_of, save_timm_folder
 
 sys.path.append(str(Path(__file__).parents[1] / "cifar"))
-from experiment import configure, has_checkpoint, some, train
+from experiment import configure, has_checkpoint, report, some, train
 
 FINE_TUNING = published.Recipe("any", Rank1Config(), FineTuneConfig(), "The defaults of the library.")
 DESCRIBED = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
@@ -85,37 +85,27 @@ def main(
     start = FINE_TUNING if pretrained else published.recipe(recipe or "imagenet-gaussian")
     chosen = configure(start, locals(), option or ())
     tuning, goes_on = chosen.tuning, has_checkpoint(output, resume)
-
-    classes = class_names(data / "train")
-    parts = {split: read_folder(data / name, classes) for split, name in (("train", "train"), ("test", "val"))}
-    splits = Splits("image", "image", "label", classes, train=parts["train"], test=some(parts["test"], test_images))
+    splits = load_splits(data, test_images)
     if validation:
         splits = splits.split_validation(validation, seed)
 
     torch.manual_seed(seed)
-    base = load_base(model, label_names=classes, pretrained=pretrained)
-    network: Any = base.model
-    preprocessing: Any = RandomCrops((3, image_size, image_size))
-    if pretrained:
-        preprocessing = preprocessing_for(network, base.library, base.id, "image", image_size=image_size)
-    else:
-        nn.init.normal_(network.get_classifier().weight, std=0.01)
-        nn.init.zeros_(network.get_classifier().bias)
-    if not deterministic:
-        network = bayesify(network, chosen.rank1)
-        network.origin, network.label_names = origin_of(base.model, base), classes
-        network.preprocessing = preprocessing
+    rank1 = None if deterministic else chosen.rank1
+    network, preprocessing = build(model, splits.label_names, image_size, pretrained, rank1)
     test, batch = prepare_folder(splits.get("test"), preprocessing), min(tuning.batch_size, 128)
     loader = make_loader(test, batch, workers=workers)
     corruptions: dict[str, Any] = {}  # made here, so that a wrong folder is not found out after the training
     if imagenet_c_folder is not None:
         uncropped = replace(preprocessing, crop_pct=1.0)  # they are crops of 224 pixels already
-        sets = imagenet_c(imagenet_c_folder, classes, uncropped, batch, workers)
+        sets = imagenet_c(imagenet_c_folder, splits.label_names, uncropped, batch, workers)
         corruptions = {"data": itertools.chain([("clean", 0, loader)], sets)}
     elif generate_corruptions:
         corruption_sets(test, limit=generate_corruptions)
         corruptions = {"data": test, "limit": generate_corruptions, "cache": corruption_cache}
         corruptions |= {"batch_size": batch, "workers": workers}
+    if corruptions:
+        corruptions["reference_errors"] = ALEXNET_ERRORS
+
     images = prepare_folder(splits.get("train"), preprocessing, training=True, seed=seed)
     held_out = prepare_folder(splits.validation, preprocessing) if splits.validation is not None else None
     tuner = FineTuner(network, images, held_out, tuning, output=output)
@@ -126,22 +116,46 @@ def main(
         )
     if not train(tuner, goes_on):
         return
+    save(network, output, preprocessing, splits.label_names, full=not pretrained)
+    report(network, chosen, loader, corruptions, seed=seed, output=output)
 
-    if deterministic:
+
+def load_splits(root: Path, test_images: int | None) -> Splits:
+    """The folders train and val, the latter as the test split."""
+    classes = class_names(root / "train")
+    train, test = (read_folder(root / name, classes) for name in ("train", "val"))
+    return Splits("image", "image", "label", classes, train=train, test=some(test, test_images))
+
+
+def build(
+    name: str, classes: list[str], image_size: int, pretrained: bool, rank1: Rank1Config | None
+) -> tuple[Any, Any]:
+    """The network, converted unless `rank1` is None, and the preprocessing of its images."""
+    base = load_base(name, label_names=classes, pretrained=pretrained)
+    network: Any = base.model
+    if pretrained:
+        preprocessing = preprocessing_for(network, base.library, base.id, "image", image_size=image_size)
+    else:
+        preprocessing = RandomCrops((3, image_size, image_size))
+        nn.init.normal_(network.get_classifier().weight, std=0.01)
+        nn.init.zeros_(network.get_classifier().bias)
+    if rank1 is not None:
+        network = bayesify(network, rank1)
+        network.origin, network.label_names = origin_of(base.model, base), classes
+        network.preprocessing = preprocessing
+    return network, preprocessing
+
+
+def save(network: Any, output: Path, preprocessing: Any, classes: list[str], full: bool) -> None:
+    """Save the network and say how to load it; `full` is with the weights that factors belong to."""
+    if isinstance(network, BayesianModel):
+        network.save_pretrained(output, full=full)
+        print(f"To load it again: from_pretrained('{output}')")
+    else:
         described = {name: getattr(preprocessing, name) for name in DESCRIBED}
         network.pretrained_cfg = {**network.pretrained_cfg, **described}
         save_timm_folder(network, output, classes)
         print(f"To load it again: load_base('{output}').model")
-    else:
-        network.save_pretrained(output, full=not pretrained)
-        print(f"To load it again: from_pretrained('{output}')")
-    random = not deterministic and chosen.rank1.posterior != "deterministic"
-    shared = {"samples": tuning.eval_samples if random else None, "seed": seed, "output": output}
-    shared["name"] = "deterministic" if deterministic else "bayesian"
-    print(evaluate(network, loader, **shared))
-    if corruptions:
-        print(evaluate_corruptions(network, **corruptions, **shared, reference_errors=ALEXNET_ERRORS))
-    print(f"Reports: {output / 'report.md'}" + (f", {output / 'corruptions.md'}" if corruptions else ""))
 
 
 if __name__ == "__main__":

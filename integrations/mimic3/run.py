@@ -10,7 +10,6 @@ mimic3-benchmarks write it. Both networks are trained from scratch, from the sam
 from __future__ import annotations
 
 import copy
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +25,9 @@ from torch import nn
 
 from bayesify import FineTuner, bayesify, evaluate
 from bayesify import recipes as published
-from bayesify.files import replacing
+from bayesify.files import write_json
 
 METRICS = {"nll": "NLL", "auc_pr": "AUC-PR", "ece": "ECE"}
-
 
 VALIDATION_SAMPLES = 2
 """Draws a member at the validations that choose the state to keep."""
@@ -69,8 +67,8 @@ def main(
     network = copy.deepcopy(plain)
     network.dropout = nn.Identity()
     bnn = bayesify(network, chosen.rank1)
-    random = chosen.rank1.posterior != "deterministic"
-    tuning = replace(chosen.tuning, eval_samples=VALIDATION_SAMPLES if random else None)
+    draws = chosen.samples
+    tuning = replace(chosen.tuning, eval_samples=None if draws is None else VALIDATION_SAMPLES)
     tunings = {"deterministic": replace(tuning, learning_rate=plain_learning_rate), "bayesian": tuning}
     train, validation = episodes["train"].dataset, episodes["validation"].dataset
     for name, model in (("deterministic", plain), ("bayesian", bnn)):
@@ -78,9 +76,8 @@ def main(
         print(f"{name}: best validation NLL {result.best_nll:.4f} nats after step {result.best_step}")
 
     table = Table("", *(f"{split} {metric}" for split in ("val", "test") for metric in METRICS.values()))
-    title = f"rank-1 {chosen.rank1.posterior}" if random else "BatchEnsemble"
+    title = "BatchEnsemble" if draws is None else f"rank-1 {chosen.rank1.posterior}"
     results: dict[str, dict[str, Any]] = {"deterministic": {}, title: {}}
-    draws = chosen.tuning.eval_samples if random else None
     for split in ("validation", "test"):
         folder = output / "report" if split == "test" else None
         evaluation = evaluate(bnn, episodes[split].batches(), baseline=plain, samples=draws, seed=seed, output=folder)
@@ -90,8 +87,7 @@ def main(
         values = [row[split][metric] for split in ("validation", "test") for metric in METRICS]
         table.add_row(name, *("–" if value is None else f"{value:.4f}" for value in values))
     print(table)
-    with replacing(output / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(output / "results.json", results, indent=1)
     print(f"Read {output / 'report' / 'report.md'}. {time.perf_counter() - started:.0f} s in all.")
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import bayesify
 from bayesify import Rank1Config, from_pretrained
 from bayesify.cli import app
-from bayesify.cli.common import flag_of
+from bayesify.cli.options import flag_of
 from bayesify.data import load_data, make_loader, prepare
 from bayesify.evaluation import evaluate
 from bayesify.finetune import FineTuneConfig

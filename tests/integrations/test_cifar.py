@@ -1,10 +1,6 @@
-import importlib.util
 import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,16 +8,16 @@ import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_model
+from scripts import INTEGRATIONS, check_interrupted_run, load_script, read_log, run_script
 
-from bayesify import FineTuner, bayesify, evaluate, from_pretrained
+from bayesify import bayesify, evaluate, from_pretrained
 from bayesify.data import make_loader, prepare
-from bayesify.errors import ConfigError, DataError, FormatError
+from bayesify.errors import ConfigError, DataError
 from bayesify.evaluation import CorruptionReport, evaluate_corruptions
 from bayesify.recipes import RECIPES
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "integrations" / "cifar"
+FOLDER = INTEGRATIONS / "cifar"
 sys.path.insert(0, str(FOLDER))
 
 import data as cifar  # noqa: E402
@@ -29,13 +25,6 @@ from experiment import configure, some  # noqa: E402
 from wide_resnet import WideResNet  # noqa: E402
 
 CLASSES = ["cat", "dog", "frog"]
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("cifar_run", FOLDER / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_split(path, count, seed, **labels):
@@ -61,7 +50,7 @@ def small_data(tmp_path_factory):
 def small_run(small_data):
     """Call run.py's main on the small data."""
     options = {"data": str(small_data), "depth": 10, "width": 1, "steps": 4, "batch_size": 8, "validation": 0.2}
-    script = load_script()
+    script = load_script(FOLDER)
     return lambda output, **more: script.main(output=output, **{**options, "corrupted_images": 0, **more})
 
 
@@ -192,13 +181,9 @@ def test_script_trains_evaluates_and_saves(small_data, tmp_path):
     arguments = ["--data", small_data, "--output", output, "--depth", "10", "--width", "1", "--steps", "2"]
     arguments += ["--batch-size", "8", "--validation", "0.2", "--corruption", "fog", "--corruption", "contrast"]
     arguments += ["--severity", "1", "--corruption-cache", cache]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", FOLDER / "run.py", *arguments], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 steps of 8 images, learning rate 0.00625" in done.stdout
-    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    printed = run_script(FOLDER, *arguments)
+    assert "2 steps of 8 images, learning rate 0.00625" in printed
+    rows = read_log(output)
     assert rows[-1]["step"] == 2
     assert all(math.isfinite(row["validation_nll"]) for row in rows[1:])
     report = json.loads((output / "report.json").read_text())
@@ -218,27 +203,7 @@ def test_script_trains_evaluates_and_saves(small_data, tmp_path):
 
 
 def test_interrupted_run_goes_on_with_the_numbers_of_an_unbroken_one(small_run, tmp_path, monkeypatch):
-    options = {"option": ["eval_every=2"]}
-    small_run(tmp_path / "whole", **options)
-    validate, calls = FineTuner.validate, []
-
-    def interrupted(self):
-        calls.append(self)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return validate(self)
-
-    monkeypatch.setattr(FineTuner, "validate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        small_run(tmp_path / "broken", **options)
-    with pytest.raises(FormatError, match="--resume"):
-        small_run(tmp_path / "broken", **options)
-    small_run(tmp_path / "broken", resume=True, **options)
-    whole, broken = (load_file(tmp_path / name / "bayesify.safetensors") for name in ("whole", "broken"))
-    assert whole.keys() == broken.keys()
-    assert all(torch.equal(value, broken[name]) for name, value in whole.items())
-    reports = [json.loads((tmp_path / name / "report.json").read_text())["metrics"] for name in ("whole", "broken")]
-    assert reports[0] == reports[1]
+    check_interrupted_run(small_run, tmp_path, monkeypatch)
 
 
 def test_deterministic_network_learns_and_is_saved(small_run, tmp_path, small_data):
@@ -263,7 +228,7 @@ def test_wrong_corruption_is_found_before_the_training(small_run, tmp_path):
 
 def test_point_factors_are_batch_ensemble(small_run, tmp_path):
     small_run(tmp_path, posterior="deterministic", steps=2, option=["init=normal", "init_scale=0.5", "log_every=1"])
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    rows = read_log(tmp_path)
     assert [row["kl"] for row in rows if "kl" in row] == [0.0, 0.0]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["settings"]["samples"] == "posterior mean"

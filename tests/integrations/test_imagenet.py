@@ -1,17 +1,13 @@
-import importlib.util
 import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from scripts import INTEGRATIONS, check_interrupted_run, load_script, read_log, run_script
 from torchvision.transforms import functional as F
 
 from bayesify import FineTuner, bayesify, evaluate, from_pretrained
@@ -22,20 +18,12 @@ from bayesify.evaluation import ALEXNET_ERRORS, CorruptionReport, evaluate_corru
 from bayesify.hub import load_base, save_timm_folder
 from bayesify.recipes import RECIPES
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "integrations" / "imagenet"
+FOLDER = INTEGRATIONS / "imagenet"
 sys.path.insert(0, str(FOLDER))
 
 import folders  # noqa: E402
 
 WNIDS = ["n01440764", "n01443537", "n02102040"]
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("imagenet_run", FOLDER / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_images(root, count, size=(40, 48), seed=0):
@@ -62,7 +50,7 @@ def small_data(tmp_path_factory):
 def small_run(small_data):
     """Call run.py's main on the small data."""
     options = {"model": "resnet10t", "image_size": 32, "steps": 4, "batch_size": 8, "validation": 0.2}
-    script = load_script()
+    script = load_script(FOLDER)
     return lambda output, **more: script.main(data=small_data, output=output, **{**options, **more})
 
 
@@ -160,13 +148,9 @@ def test_mce_is_the_mean_error_over_that_of_alexnet(tmp_path):
 def test_script_trains_evaluates_and_saves(small_data, tmp_path):
     arguments = [small_data, "--output", tmp_path, "--model", "resnet10t", "--image-size", "32", "--steps", "2"]
     arguments += ["--batch-size", "8", "--validation", "0.2", "--imagenet-c", small_data / "imagenet-c"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", FOLDER / "run.py", *arguments], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 steps of 8 images, learning rate 0.003125" in done.stdout
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    printed = run_script(FOLDER, *arguments)
+    assert "2 steps of 8 images, learning rate 0.003125" in printed
+    rows = read_log(tmp_path)
     assert rows[-1]["step"] == 2
     assert all(math.isfinite(row["validation_nll"]) for row in rows[1:])
 
@@ -190,23 +174,7 @@ def test_script_trains_evaluates_and_saves(small_data, tmp_path):
 
 
 def test_interrupted_run_goes_on_with_the_numbers_of_an_unbroken_one(small_run, tmp_path, monkeypatch):
-    options = {"option": ["eval_every=2"]}
-    small_run(tmp_path / "whole", **options)
-    validate, calls = FineTuner.validate, []
-
-    def interrupted(self):
-        calls.append(self)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return validate(self)
-
-    monkeypatch.setattr(FineTuner, "validate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        small_run(tmp_path / "broken", **options)
-    small_run(tmp_path / "broken", resume=True, **options)
-    whole, broken = (load_file(tmp_path / name / "bayesify.safetensors") for name in ("whole", "broken"))
-    assert whole.keys() == broken.keys()
-    assert all(torch.equal(value, broken[name]) for name, value in whole.items())
+    check_interrupted_run(small_run, tmp_path, monkeypatch)
 
 
 def test_deterministic_network_starts_as_published_and_is_saved_with_its_preprocessing(

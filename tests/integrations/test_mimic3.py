@@ -1,24 +1,21 @@
 import csv
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scripts import INTEGRATIONS, ROOT, read_log, run_script
 from torch import nn
 
 from bayesify import bayesify
 from bayesify.errors import DataError
 
-ROOT = Path(__file__).parents[2]
-SCRIPTS = ROOT / "integrations" / "mimic3"
+SCRIPTS = INTEGRATIONS / "mimic3"
 sys.path[:0] = [str(SCRIPTS), str(ROOT / "benchmarks" / "quality")]
 
 import records  # noqa: E402
@@ -400,15 +397,8 @@ def small_data(tmp_path):
 def test_script_trains_both_networks(small_data, tmp_path):
     output = tmp_path / "output"
     options = ["--steps", "4", "--batch-size", "8", "--hidden", "4", "--members", "2", "--samples", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "run.py", small_data, "--output", output, *options],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "train: 24 stays, 33.3 % died" in done.stdout
+    printed = run_script(SCRIPTS, small_data, "--output", output, *options)
+    assert "train: 24 stays, 33.3 % died" in printed
     results = json.loads((output / "results.json").read_text())
     assert list(results) == ["deterministic", "rank-1 normal"]
     for row in results.values():
@@ -416,7 +406,7 @@ def test_script_trains_both_networks(small_data, tmp_path):
             assert 0.3 < row[split]["nll"] < 1.5
             assert 0 < row[split]["auc_pr"] <= 1
             assert 0 <= row[split]["ece"] <= 1
-    rows = [json.loads(line) for line in (output / "bayesian" / "log.jsonl").read_text().splitlines()]
+    rows = read_log(output / "bayesian")
     assert rows[-1]["step"] == 4
     assert sum("validation_nll" in row for row in rows) == 2  # 24 stays are 3 batches of 8
 
