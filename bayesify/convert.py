@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from bayesify.config import Rank1Config
 from bayesify.errors import ConfigError, ConversionError
-from bayesify.graph import ConversionReport, as_inputs, audit, find_sites, report_on, swap
+from bayesify.graph import ConversionReport, Plan, as_inputs, audit, find_sites, report_on, swap
 from bayesify.layers import Rank1Layer
 from bayesify.model import BayesianModel
 from bayesify.predictive import Task
@@ -45,6 +46,24 @@ def bayesify(
     plan = find_sites(model, config, inputs)
     if inputs is not None:
         audit(model, inputs, plan, config)
+    return _swapped(model, plan, config, task)
+
+
+def rebuild(
+    model: nn.Module, config: Rank1Config, layers: Mapping[str, int], *, task: Task | None = None
+) -> BayesianModel:
+    """Convert as it was done before: the given layers and no others, with the batch in the given dimensions.
+
+    Raises:
+        ConversionError: one of the layers cannot be converted in this model, which is unchanged.
+    """
+    _check_plain(model)
+    plan = find_sites(model, config)
+    plan.restrict(layers)
+    return _swapped(model, plan, config, task)
+
+
+def _swapped(model: nn.Module, plan: Plan, config: Rank1Config, task: Task | None) -> BayesianModel:
     report = report_on(model, plan, config)
     swap(plan, config)
     bnn = BayesianModel(model, config, report, task or task_of(model))

@@ -17,7 +17,7 @@ from bayesify.batch import Rows, resolve_task
 from bayesify.config import Rank1Config
 from bayesify.distributions import CLIP, Factor, kl_divergence
 from bayesify.errors import BayesifyError, ConversionError, DataError
-from bayesify.graph import ConversionReport, restore, site_name
+from bayesify.graph import ConversionReport, observed_dims, restore, site_name
 from bayesify.layers import (
     MemberBatchNorm,
     MemberNorm,
@@ -119,6 +119,7 @@ class BayesianModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's own call; see the class for what comes back."""
+        self._settle(args, kwargs)
         rows = Rows(self.model)
         batch = rows.batch_size(args, kwargs)
         examples = batch
@@ -164,6 +165,7 @@ class BayesianModel(nn.Module):
             if value is not None and value < 1:
                 raise DataError(f"{name} must be at least 1; found {value}.")
         kwargs.pop("labels", None)
+        self._settle(args, kwargs)
         rows = Rows(self.model)
         batch = rows.batch_size(args, kwargs)
         chunk = min(member_chunk or self.members, self.members)
@@ -188,6 +190,19 @@ class BayesianModel(nn.Module):
         with self._drawn(members, batch, seed=key):
             output = rows.outputs(self.model(*args, **kwargs))
         return output.movedim(rows.input_dim, 0).unflatten(0, (count, batch))
+
+    def _settle(self, args: Any, kwargs: Any) -> None:
+        """See on the first inputs where the batch is in each layer, if nothing told at the conversion."""
+        if not self.report.unsettled:
+            return
+        self.report.unsettled = False
+        known = self.report.batch_dims
+        layers = {name: layer for name, layer in self.layers() if name not in known}
+        found = observed_dims(self.model, (args, kwargs), layers) or {}
+        known |= {name: dim for name, dim in found.items() if dim}
+        for name, dim in found.items():
+            for site in layers[name].rank1.values():
+                site.batch_dim = dim  # type: ignore[assignment]
 
     # -------------------------------------------------------------------------------------------- draws
 

@@ -99,6 +99,42 @@ class PackedGRUClassifier(nn.Module):
         return self.head(state.transpose(0, 1).flatten(1))
 
 
+class TorchEncoder(nn.Module):
+    """torch.nn's encoder, whose fused kernels go past its layers, on padded sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        kept = (~padding)[..., None]
+        return self.head((self.encoder(x, src_key_padding_mask=padding) * kept).sum(1) / kept.sum(1))
+
+
+class TorchTransformer(nn.Module):
+    """torch.nn's encoder and decoder on [time, batch, channels], with attention to other widths beside."""
+
+    main_input_name = "source"
+
+    def __init__(self) -> None:
+        super().__init__()
+        encode = nn.TransformerEncoderLayer(16, 2, 24, activation="gelu", norm_first=True)
+        decode = nn.TransformerDecoderLayer(16, 2, 24, norm_first=True)
+        self.encoder = nn.TransformerEncoder(encode, 1, enable_nested_tensor=False)
+        self.decoder = nn.TransformerDecoder(decode, 2)
+        self.pool = nn.MultiheadAttention(16, 2, kdim=16, vdim=12, add_bias_kv=True, add_zero_attn=True)
+        self.value = nn.Linear(16, 12)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        source, target = source.transpose(0, 1), target.transpose(0, 1)
+        mask = nn.Transformer.generate_square_subsequent_mask(len(target))
+        x = self.decoder(target, self.encoder(source), tgt_mask=mask.to(source.dtype), tgt_is_causal=True)
+        return self.head(self.pool(x[:1], x, self.value(x))[0][0])
+
+
 def _timm(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import timm
@@ -233,6 +269,12 @@ CASES = [
         ),
         lambda: {"input_values": torch.randn(2, 800)},
     ),
+    Case(
+        "torch_encoder",
+        TorchEncoder,
+        lambda: (torch.randn(3, 5, 16), torch.arange(5) >= torch.tensor([5, 3, 4])[:, None]),
+    ),
+    Case("torch_transformer", TorchTransformer, lambda: (torch.randn(4, 8, 16), torch.randn(4, 4, 16))),
     Case("lstm", LSTMClassifier, lambda: (torch.randn(3, 6, 6),)),
     Case("packed_gru", PackedGRUClassifier, lambda: (torch.randn(3, 6, 6), torch.tensor([4, 6, 2]))),
 ]

@@ -16,7 +16,7 @@ from torch import nn
 from bayesify.data import PreparedDataset
 from bayesify.errors import ConfigError, DataError, FormatError
 from bayesify.evaluation.collect import collect_labeled, with_baseline
-from bayesify.evaluation.corrupted import SEVERITIES, CorruptionSet, CorruptionPlan
+from bayesify.evaluation.corrupted import SEVERITIES, CorruptionPlan, CorruptionSet
 from bayesify.evaluation.corruption_report import ROW_KEYS, CorruptionReport, check_reference, read_row
 from bayesify.evaluation.metrics import metrics_from_scores
 from bayesify.evaluation.scores import score

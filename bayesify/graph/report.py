@@ -20,6 +20,8 @@ class ConversionReport:
         sizes: {site name: (input channels, output channels)}.
         tied: {site name: other names of the same parameter}; factors belong to the site, the weight stays shared.
         routes: {module name: "fx" | "export" | "swap"}, how each forward was planned.
+        batch_dims: {layer: dimension of its input that carries the batch}, where it is not the first.
+        unsettled: whether this is still to be looked at, with the inputs of the first call.
         notes: what a person should know besides.
         members: K.
         parameters: number of parameters of the original network.
@@ -36,6 +38,8 @@ class ConversionReport:
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     tied: dict[str, list[str]] = field(default_factory=dict)
     routes: dict[str, str] = field(default_factory=dict)
+    batch_dims: dict[str, int] = field(default_factory=dict)
+    unsettled: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -18,6 +18,7 @@ from bayesify.layers import (
     Site,
     attach,
     attach_norm,
+    attach_unfused,
     bias_of,
     detach,
     weight_sizes,
@@ -30,7 +31,10 @@ def swap(plan: Plan, config: Rank1Config) -> None:
     try:
         for name, layer in plan.layers.items():
             done.append(layer)
-            _convert(name, layer, config)
+            _convert(name, layer, config, plan.batch_dims.get(name, 0))
+        for layer in plan.fused.values():
+            done.append(layer)
+            attach_unfused(layer)
         for norm in plan.norms.values():
             done.append(norm)
             attach_norm(norm, config.members)
@@ -39,9 +43,9 @@ def swap(plan: Plan, config: Rank1Config) -> None:
         raise
 
 
-def _convert(name: str, layer: nn.Module, config: Rank1Config) -> None:
+def _convert(name: str, layer: nn.Module, config: Rank1Config, batch_dim: int) -> None:
     try:
-        attach(layer, _new_sites(layer, config, next(layer.parameters()).device))
+        attach(layer, _new_sites(layer, config, next(layer.parameters()).device, batch_dim))
     except Exception as error:
         raise ConversionError(
             f"layer {name!r} ({type(layer).__name__}) could not become rank-1: {type(error).__name__}: {error}. "
@@ -73,6 +77,8 @@ def report_on(model: nn.Module, plan: Plan, config: Rank1Config) -> ConversionRe
         sizes={name: size for name, (_, size) in sites.items()},
         tied=tied,
         routes=dict(plan.routes),
+        batch_dims=dict(plan.batch_dims),
+        unsettled=plan.unsettled,
         notes=[*plan.notes, *_norm_notes(plan, config)],
     )
 
@@ -92,7 +98,7 @@ def _count_added(plan: Plan, config: Rank1Config) -> int:
     return added + config.members * affine
 
 
-def _new_sites(layer: nn.Module, config: Rank1Config, device: torch.device) -> dict[str, Site]:
+def _new_sites(layer: nn.Module, config: Rank1Config, device: torch.device, batch_dim: int = 0) -> dict[str, Site]:
     def factor(side: str, size: int) -> Factor | None:
         return make_factor(config, size, device) if config.factors in ("both", side) else None
 
@@ -102,4 +108,6 @@ def _new_sites(layer: nn.Module, config: Rank1Config, device: torch.device) -> d
 
     sizes = weight_sizes(layer).items()
     site = Site if config.perturbation == "multiplicative" else AdditiveSite
-    return {name: site(factor("inputs", s), factor("outputs", r), own_bias(name, r)) for name, (s, r) in sizes}
+    return {
+        name: site(factor("inputs", s), factor("outputs", r), own_bias(name, r), batch_dim) for name, (s, r) in sizes
+    }

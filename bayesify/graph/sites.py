@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx, nn
@@ -16,10 +16,8 @@ from bayesify.errors import ConversionError
 from bayesify.graph.capture import capture, forward_names, linear_uses
 from bayesify.graph.export import ExportedUse, export_uses
 from bayesify.graph.inputs import Inputs, derive_inputs
-from bayesify.layers import is_exact, is_linear, rank1_class, weight_sizes
-
-_READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""Layers of torch.nn whose fused code reads their children's weights without calling them."""
+from bayesify.graph.layout import known_dims, may_move_batch, observed_dims
+from bayesify.layers import FUSED, is_exact, is_linear, rank1_class, weight_sizes
 
 _NOT_LINEAR: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.Embedding, nn.EmbeddingBag), "an embedding looks rows up; it is no linear map of an activation"),
@@ -29,10 +27,18 @@ _NOT_LINEAR: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
 
 @dataclass
 class Plan:
-    """Layers to convert, batch norms to split by member, everything else with its reason, and how it is known."""
+    """Layers to convert, batch norms to split by member, everything else with its reason, and how it is known.
+
+    `batch_dims` has the layers whose inputs carry the batch elsewhere than in their first dimension (`unsettled`: this
+    is still to be seen on inputs); `fused` the layers of torch.nn whose fused kernel would go past what is converted in
+    them.
+    """
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
     norms: dict[str, _BatchNorm] = field(default_factory=dict)
+    fused: dict[str, nn.Module] = field(default_factory=dict)
+    batch_dims: dict[str, int] = field(default_factory=dict)
+    unsettled: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
     routes: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -40,6 +46,16 @@ class Plan:
     def skip(self, name: str, reason: str) -> None:
         self.layers.pop(name, None)
         self.skipped.setdefault(name, reason)
+
+    def restrict(self, layers: Mapping[str, int]) -> None:
+        """Keep the given layers {name: dimension of their inputs that carries the batch}."""
+        if unknown := sorted(layers.keys() - self.layers.keys()):
+            reason = self.skipped.get(unknown[0], "there is no such layer")
+            raise ConversionError(f"layer {unknown[0]!r} should carry factors, but cannot: {reason}.")
+        for name in self.layers.keys() - layers.keys():
+            self.skip(name, "left out when the model was first converted")
+        self.batch_dims = {name: dim for name, dim in layers.items() if dim}
+        self.unsettled = False
 
     def sites(self) -> dict[str, tuple[str, tuple[int, int]]]:
         """{site name: (kind, (input channels, output channels))}."""
@@ -69,6 +85,7 @@ def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = No
     _read_graphs(model, plan, inputs)
     _check_linear(plan)
     _apply_patterns(plan, config, candidates)
+    _settle_attention(model, plan)
     if not plan.layers:
         kinds = sorted(
             {type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None}
@@ -80,6 +97,7 @@ def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = No
             + (f"Skipped: {reasons}. " if reasons else "")
             + "Expected linear, convolutional or recurrent layers; register your own with @rank1."
         )
+    _find_batch(model, plan, inputs)
     return plan
 
 
@@ -103,26 +121,18 @@ def _collect_layers(model: nn.Module, plan: Plan) -> None:
                 f"{name or 'the model'} has parameters without a shape yet; run one forward pass first."
             )
         outer = next((layer for layer in converted if name.startswith(_join(layer, ""))), None)
-        if rank1_class(type(module)) is not None:
+        equivalent = rank1_class(type(module))
+        if equivalent is not None:
             if outer is not None:
                 plan.skipped[name] = f"part of the layer {outer or type(model).__name__}"
                 continue
             plan.layers[name] = module
-            converted.append(name)
+            if not equivalent.children_apart:
+                converted.append(name)
             continue
         reason = next((text for kinds, text in _NOT_LINEAR if isinstance(module, kinds)), None)
         if reason is not None:
             plan.skipped[name] = reason
-    for name, module in model.named_modules():
-        if isinstance(module, _READS_WEIGHTS):
-            kind = type(module).__name__
-            reason = f"nn.{kind} reads this weight in fused code without calling the layer"
-            for child in list(plan.layers):
-                if child.startswith(_join(name, "")):
-                    plan.skip(child, reason)
-            for own, parameter in module.named_parameters(prefix=name, recurse=False):
-                if parameter.dim() > 1:
-                    plan.skipped[own] = f"used through a functional call in nn.{kind}"
 
 
 def _read_graphs(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
@@ -239,6 +249,30 @@ def _apply_patterns(plan: Plan, config: Rank1Config, candidates: list[str]) -> N
             del plan.norms[name]
 
 
+def _settle_attention(model: nn.Module, plan: Plan) -> None:
+    """Attention that is not converted reads the weight of its out projection; fused kernels read many."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and name not in plan.layers:
+            plan.skip(_join(name, "out_proj"), "nn.MultiheadAttention reads this weight without calling the layer")
+            for own, parameter in module.named_parameters(prefix=name, recurse=False):
+                if parameter.dim() > 1 and rank1_class(type(module)) is None:
+                    plan.skipped[own] = f"{type(module).__name__} has a forward of its own, with attention in it"
+        elif isinstance(module, FUSED) and any(layer.startswith(_join(name, "")) for layer in plan.layers):
+            plan.fused[name] = module
+
+
+def _find_batch(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
+    """Which dimension of each layer's input carries the batch, where it may not be the first."""
+    found = known_dims(model)
+    moves = may_move_batch(model)
+    if inputs is None and moves:
+        inputs = derive_inputs(model)
+    if inputs is not None:
+        found = (observed_dims(model, inputs, plan.layers) or {}) | found
+    plan.unsettled = moves and inputs is None
+    plan.batch_dims = {name: found[name] for name in plan.layers if found.get(name)}
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether a full dotted name is the pattern, lies beneath it, or fits it as a glob."""
     return name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
@@ -252,7 +286,7 @@ def _has_code_of_its_own(name: str, module: nn.Module, plan: Plan) -> bool:
     if (
         name in plan.layers
         or name in plan.skipped
-        or isinstance(module, (*_READS_WEIGHTS, nn.ModuleList, nn.ModuleDict))
+        or isinstance(module, (nn.MultiheadAttention, *FUSED, nn.ModuleList, nn.ModuleDict))
     ):
         return False
     if any(name.startswith(f"{layer}.") for layer in plan.layers if layer) or "" in plan.layers:

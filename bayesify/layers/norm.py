@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bayesify.added import Held
 from bayesify.errors import BayesifyError
 from bayesify.layers.members import MemberVector
-from bayesify.layers.registry import Rewritten, original_class, replace_class
+from bayesify.layers.registry import Rewritten, blank, original_class, replace_class
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -117,19 +117,13 @@ class MemberBatchNorm(Rewritten):
             self.rank1.reset(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _blank, (original_class(type(self)),), self.__dict__
+        return blank, (member_norm_class, original_class(type(self))), self.__dict__
 
 
 @cache
 def member_norm_class(cls: type[nn.Module]) -> type[MemberBatchNorm]:
     """The class that a batch norm layer becomes."""
     return type(f"Member{cls.__name__}", (MemberBatchNorm, cls), {"__module__": __name__})
-
-
-def _blank(cls: type[nn.Module]) -> MemberBatchNorm:
-    """A norm for pickle to fill: the class is made when needed, so that pickle does not find it by name."""
-    member = member_norm_class(cls)
-    return member.__new__(member)
 
 
 def attach_norm(layer: _BatchNorm, members: int) -> None:

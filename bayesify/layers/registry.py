@@ -39,6 +39,10 @@ class Rank1Layer(Rewritten):
 
     rank1: nn.ModuleDict  # type: ignore[assignment]
     channel_dim: ClassVar[int] = -1
+    children_apart: ClassVar[bool] = False
+    """Whether layers inside this one are called as they are, and so are sites of their own."""
+    plain_forward_only: ClassVar[bool] = False
+    """Whether a subclass with a forward of its own has no equivalent."""
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         site = self.site
@@ -118,8 +122,11 @@ def rank1_class(cls: type[nn.Module]) -> type[Rank1Layer] | None:
             continue
         if ancestor is cls and issubclass(equivalent, cls):
             return equivalent
+        same_forward = cls.forward is getattr(ancestor, "forward", None)
+        if equivalent.plain_forward_only and not same_forward:
+            return None
         own: dict[str, Any] = {"__module__": __name__}
-        if cls.forward is not getattr(ancestor, "forward", None) or not issubclass(equivalent, ancestor):
+        if not same_forward or not issubclass(equivalent, ancestor):
             own["forward"] = equivalent.own_forward()
         return type(f"Rank1{cls.__name__}", (equivalent, cls), own)
     return None
@@ -165,6 +172,12 @@ def detach(layer: Rewritten) -> None:
     """Turn a rewritten layer back into the layer it was, in place."""
     layer.__class__ = original_class(type(layer))  # type: ignore[assignment]
     del layer.rank1
+
+
+def blank(factory: Callable[[type[nn.Module]], type[Rewritten]], original: type[nn.Module]) -> Rewritten:
+    """A layer for pickle to fill, of a class that is made when needed and that pickle does not find by name."""
+    equivalent = factory(original)
+    return equivalent.__new__(equivalent)
 
 
 def original_class(cls: type[Rewritten]) -> type[nn.Module]:

@@ -1,6 +1,7 @@
 """A site: the two factors of one linear map, and what they do to its inputs and outputs.
 
-Legend: R rows of the draw, N rows of the activation (a multiple of R), d channels.
+Legend: R rows of the draw, N rows of the activation (a multiple of R), d channels. Activations are written [N, ...];
+the rows may lie in another dimension, `batch_dim`, as in networks that work on [time, batch, channels].
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from bayesify.layers.members import MemberVector
 class Site(nn.Module):
     """Factors s [K, in] and r [K, out] of one linear map; either may be absent and then changes nothing.
 
-    `own_bias` is what each member adds to the shared bias, where members have biases of their own.
+    `own_bias` is what each member adds to the shared bias, where members have biases of their own. `batch_dim` is the
+    dimension of the activations that carries the batch.
     """
 
-    def __init__(self, s: Factor | None, r: Factor | None, own_bias: MemberVector | None = None) -> None:
+    def __init__(
+        self, s: Factor | None, r: Factor | None, own_bias: MemberVector | None = None, batch_dim: int = 0
+    ) -> None:
         super().__init__()
         self.s = s
         self.r = r
         self.own_bias = own_bias
+        self.batch_dim = batch_dim
 
     # ---------------------------------------------------------------------------- the perturbation, row by row
 
@@ -43,24 +48,27 @@ class Site(nn.Module):
 
     def scale_inputs(self, x: Tensor, dim: int = -1) -> Tensor:
         """The perturbed inputs, with the channels of x [N, ...] in dimension `dim`."""
-        return x if self.s is None else self.enter(x, rows_of(self.s.value(), x, dim))
+        return x if self.s is None else self.enter(x, self._rows(self.s.value(), x, dim))
 
-    def scale_outputs(self, y: Tensor, bias: Tensor | None, dim: int = -1) -> Tensor:
-        """The perturbed outputs for y [N, ...] = W (…) without its bias, which is added."""
+    def scale_outputs(self, y: Tensor, bias: Tensor | None, dim: int = -1, part: slice = slice(None)) -> Tensor:
+        """The perturbed outputs for y [N, ...] = W (…) without its bias, which is added; or a part of the outputs."""
         if bias is not None:
             bias = _along(bias.to(y.dtype), y, dim)
             if self.own_bias is not None:
-                bias = bias + rows_of(self.own_bias.value(), y, dim)
+                bias = bias + self._rows(self.own_bias.value()[:, part], y, dim)
         if self.r is None:
             return y if bias is None else y + bias
-        return self.leave(y, rows_of(self.r.value(), y, dim), bias)
+        return self.leave(y, self._rows(self.r.value()[:, part], y, dim), bias)
 
     def rescale_outputs(self, y: Tensor, bias: Tensor | None, dim: int = -1) -> Tensor:
         """The same for y [N, ...] that contains its bias already."""
         if self.r is not None:
             along = None if bias is None else _along(bias.to(y.dtype), y, dim)
-            y = self.releave(y, rows_of(self.r.value(), y, dim), along)
-        return y if self.own_bias is None else y + rows_of(self.own_bias.value(), y, dim)
+            y = self.releave(y, self._rows(self.r.value(), y, dim), along)
+        return y if self.own_bias is None else y + self._rows(self.own_bias.value(), y, dim)
+
+    def _rows(self, draw: Tensor, x: Tensor, dim: int) -> Tensor:
+        return rows_of(draw, x, dim, self.batch_dim)
 
     # ---------------------------------------------------------------------------- one row of the draw
 
@@ -115,12 +123,12 @@ def repeat_rows(draw: Tensor, rows: int) -> Tensor:
     return draw[:, None].expand(drawn, rows // drawn, draw.shape[1]).reshape(rows, draw.shape[1])
 
 
-def rows_of(draw: Tensor, x: Tensor, dim: int) -> Tensor:
-    """A draw [R, d] shaped to combine with x [N, ...] with its d channels in dimension `dim`, in the dtype of x."""
-    draw = repeat_rows(draw, x.shape[0]).to(x.dtype)
+def rows_of(draw: Tensor, x: Tensor, dim: int, batch_dim: int = 0) -> Tensor:
+    """A draw [R, d] shaped to combine with x, whose d channels and N rows are in two dimensions, in the dtype of x."""
+    draw = repeat_rows(draw, x.shape[batch_dim]).to(x.dtype)
     shape = [1] * x.dim()
-    shape[0], shape[dim] = draw.shape
-    return draw.view(shape)
+    shape[batch_dim], shape[dim] = draw.shape
+    return (draw if batch_dim <= dim % x.dim() else draw.t()).reshape(shape)
 
 
 def _along(vector: Tensor, x: Tensor, dim: int) -> Tensor:

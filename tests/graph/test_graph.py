@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -234,31 +235,12 @@ class Attention(nn.Module):
         return self.head(self.attention(x, x, x)[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"kdim": 8, "vdim": 8}], ids=["packed", "separate"])
-def test_multihead_attention_is_skipped_with_reasons(options: dict[str, int]) -> None:
-    model = Attention(**options)
-    bnn = bayesify(model, members=2, example_inputs=torch.randn(2, 5, 8))
-    assert set(bnn.report.converted) == {"head"}
-    matrices = {n for n, p in model.attention.named_parameters(prefix="attention", recurse=False) if p.dim() > 1}
-    assert set(bnn.report.skipped) == {"attention.out_proj"} | {n for n in matrices if p_is_direct(n)}
-    assert "without calling the layer" in bnn.report.skipped["attention.out_proj"]
-
-
-def p_is_direct(name: str) -> bool:
-    return ".out_proj" not in name
-
-
-def test_transformer_encoder_layer_is_skipped_with_reasons() -> None:
+def test_layers_of_torch_transformers_are_sites() -> None:
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3))
     bnn = bayesify(model, members=2, example_inputs=torch.randn(2, 5, 8))
-    assert set(bnn.report.converted) == {"1"}
-    assert set(bnn.report.skipped) == {
-        "0.linear1", "0.linear2", "0.self_attn.out_proj", "0.self_attn.in_proj_weight",
-    }  # fmt: skip
-    assert all("nn.TransformerEncoderLayer" in r or "nn.MultiheadAttention" in r for r in bnn.report.skipped.values())
-    x = torch.randn(2, 5, 8)
-    before = bnn.eval().predict(x).outputs
-    assert not torch.equal(before[0], before[1])
+    attention = {"0.self_attn.in_proj_weight", "0.self_attn.out_proj"}
+    assert set(bnn.report.converted) == attention | {"0.linear1", "0.linear2", "1"}
+    assert not bnn.report.skipped
 
 
 # ------------------------------------------------------------------------------------------------ audit
@@ -276,13 +258,19 @@ class TimeFirst(nn.Module):
         return self.head(self.inner(x.transpose(0, 1)).transpose(0, 1).mean(1))
 
 
+@pytest.mark.parametrize("inputs_at_conversion", [True, False])
 @pytest.mark.parametrize("steps", [6, 8], ids=["multiple-of-no-batch", "multiple-of-the-batch"])
-def test_layer_that_sees_time_first_is_caught(steps: int) -> None:
-    with pytest.raises(ConversionError, match="first dimension") as caught:
-        bayesify(TimeFirst(), members=2, example_inputs=torch.randn(4, steps, 4))
-    assert "exclude=" in str(caught.value)
-    bnn = bayesify(TimeFirst(), members=2, exclude="inner", example_inputs=torch.randn(4, steps, 4))
-    assert set(bnn.report.converted) == {"head"}
+def test_layer_that_sees_time_first(steps: int, inputs_at_conversion: bool) -> None:
+    model = TimeFirst()
+    x = torch.randn(4, steps, 4)
+    given: dict[str, Any] = {"example_inputs": x} if inputs_at_conversion else {}
+    bnn = bayesify(copy.deepcopy(model), members=2, init="normal", posterior="deterministic", **given)
+    found = bnn.predict(x).outputs[:, 0]
+    assert bnn.report.batch_dims == {"inner": 1}
+    assert not bnn.report.unsettled
+    for member in range(2):
+        torch.testing.assert_close(found[member], bnn.merge(member)(x))
+    assert (found[0] - found[1]).abs().max() > 1e-3
 
 
 class MixesRows(nn.Module):

@@ -151,6 +151,27 @@ def test_a_module_of_your_own(tmp_path):
         from_pretrained(tmp_path / "out")
 
 
+class TimeFirst(nn.Module):
+    """One layer works on [time, batch, channels]; another is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.spare, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.inner(x.transpose(0, 1)).transpose(0, 1).mean(1))
+
+
+def test_what_example_inputs_told_is_kept(tmp_path):
+    x = torch.randn(4, 8, 5)
+    bnn = bayesify(TimeFirst(), members=2, init="normal", example_inputs=x)
+    assert set(bnn.report.converted) == {"inner", "head"}
+    bnn.save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path, base_model=TimeFirst())
+    assert set(again.report.converted) == {"inner", "head"}
+    assert torch.equal(outputs(again, (x,)), outputs(bnn, (x,)))
+
+
 def test_arguments_of_timm_are_kept(tmp_path):
     base = timm_model(tmp_path / "base", "test_vit", img_size=32)
     for model, origin in (
@@ -218,6 +239,8 @@ BROKEN = {
     "newer": (lambda f: _edited(f, format_version=99), f"{CONFIG}: format_version 99 is newer"),
     "unknown option": (lambda f: _edited(f, rank1={"memberz": 2}), f"{CONFIG}: rank1: unknown field 'memberz'"),
     "bad option": (lambda f: _edited(f, rank1={"members": -2}), f"{CONFIG}: rank1: members must be"),
+    "other layers": (lambda f: _edited(f, layers={"0": 0, "7": 0}), f"{CONFIG}: does not fit .*'7'"),
+    "bad layers": (lambda f: _edited(f, layers={"0": "first"}), f"{CONFIG}: field layers"),
     "bad labels": (lambda f: _edited(f, labels="abc"), f"{CONFIG}: field labels"),
     "bad task": (lambda f: _edited(f, task="x"), f"{CONFIG}: field task"),
     "bad preprocessing": (lambda f: _edited(f, preprocessing={"type": "x"}), f"{CONFIG}: preprocessing.type"),
