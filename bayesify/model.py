@@ -23,6 +23,7 @@ from bayesify.layers import (
     MemberNorm,
     MemberVector,
     Rank1Layer,
+    Rewritten,
     Site,
     bias_of,
     detach,
@@ -284,6 +285,8 @@ class BayesianModel(nn.Module):
                 _fold(name, layer, member)
             elif isinstance(layer, MemberBatchNorm):
                 _fold_norm(layer, member)
+            elif isinstance(layer, Rewritten):
+                detach(layer)
         config = getattr(merged, "config", None)
         if self.report.tied and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False  # type: ignore[union-attr]
@@ -339,14 +342,16 @@ def _fold(name: str, layer: Rank1Layer, member: int) -> None:
                 raise ConversionError(f"{name}: it has no bias into which added factors could be folded.")
             values[bias_of(weight)] = bias
     detach(layer)
-    for weight, value in values.items():
-        old = layer._parameters.get(weight)
+    for path, value in values.items():
+        owner, _, weight = path.replace("/", ".").rpartition(".")
+        holder = layer.get_submodule(owner)
+        old = holder._parameters.get(weight)
         # Plain weights: a new parameter, which breaks ties and keeps the flat weight list of recurrent layers in step.
         # Parametrized weights take the value through their right inverse.
         if old is None and not weight.startswith("bias"):
-            setattr(layer, weight, value)
+            setattr(holder, weight, value)
         else:
-            setattr(layer, weight, nn.Parameter(value, requires_grad=old is None or old.requires_grad))
+            setattr(holder, weight, nn.Parameter(value, requires_grad=old is None or old.requires_grad))
     same = expected is None or torch.allclose(layer(probe), expected, rtol=1e-3, atol=1e-4)
     for module, mode in modes.items():
         module.training = mode

@@ -11,8 +11,8 @@ from bayesify.batch import Rows, map_tensors
 from bayesify.config import Rank1Config
 from bayesify.errors import ConversionError
 from bayesify.graph.inputs import Inputs
+from bayesify.graph.plan import Plan, site_name
 from bayesify.graph.rewrite import restore, swap
-from bayesify.graph.sites import Plan, site_name
 from bayesify.layers import MemberNorm, MemberVector
 from bayesify.modes import evaluating
 
@@ -93,6 +93,7 @@ def _check_identity(reference: list[Tensor], outputs: list[Tensor], rows: Rows, 
                 )
 
 
+@torch.enable_grad()
 def _check_reach(
     plan: Plan, outputs: list[Tensor], draws: dict[tuple[str, str, str], Tensor], rows: Rows, batch: int
 ) -> None:

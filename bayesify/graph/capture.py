@@ -18,6 +18,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from bayesify.layers.operations import arguments_of, is_bias
+
 _LINEAR_FUNCTIONS: set[Any] = {
     operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, torch.mv,
     torch.tensordot, torch.inner, F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d,
@@ -31,6 +33,10 @@ _LINEAR_NAMES = {
 }  # fmt: skip
 
 
+ParameterOf = Callable[[fx.Node], str | None]
+"""The full name of the parameter that a node of a graph stands for, if any."""
+
+
 class _OneForward(fx.Tracer):
     """The stock tracer, stopping at every child."""
 
@@ -40,12 +46,19 @@ class _OneForward(fx.Tracer):
 
 @dataclass(frozen=True)
 class Use:
-    """A linear operation of the graph that reads parameters directly, without calling their layer."""
+    """A linear operation of a graph with operands made of parameters alone: these nodes, and what they are made of."""
 
-    parameters: frozenset[str]
-    operation: str
     node: fx.Node
+    weights: dict[fx.Node, frozenset[str]]
     carries_batch: bool
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        return frozenset().union(*self.weights.values())
+
+    @property
+    def operation(self) -> str:
+        return operation_name(self.node)
 
 
 def capture(module: nn.Module) -> fx.Graph | None:
@@ -68,7 +81,7 @@ def _stand_in(module: nn.Module) -> nn.Module:
 
 
 def linear_uses(
-    nodes: Iterable[fx.Node], parameter_of: Callable[[fx.Node], str | None], is_input: Callable[[fx.Node], bool]
+    nodes: Iterable[fx.Node], parameter_of: ParameterOf, is_input: Callable[[fx.Node], bool]
 ) -> tuple[list[Use], list[fx.Node]]:
     """Follow parameters and inputs through a graph.
 
@@ -83,17 +96,18 @@ def linear_uses(
     for node in nodes:
         name = parameter_of(node)
         operands = node.all_input_nodes
-        batch[node] = is_input(node) or any(batch[operand] for operand in operands)
+        batch[node] = is_input(node) or any(batch[operand] for operand in _values(node, operands))
         if name is not None:
             sources[node] = frozenset([name])
             continue
         sources[node] = frozenset().union(*(sources[operand] for operand in operands if not batch[operand]))
         if node.op == "call_module" and not batch[node]:
             constant_calls.append(node)
-        weights = [operand for operand in operands if sources[operand] and not batch[operand]]
+        weights = [
+            operand for operand in operands if sources[operand] and not batch[operand] and not _added(node, operand)
+        ]
         if weights and is_linear_operation(node):
-            read = frozenset().union(*(sources[operand] for operand in weights))
-            uses.append(Use(read, operation_name(node), node, batch[node]))
+            uses.append(Use(node, {operand: sources[operand] for operand in weights}, batch[node]))
         if batch[node]:
             sources[node] = frozenset()
     return uses, constant_calls
@@ -103,6 +117,21 @@ def is_linear_operation(node: fx.Node) -> bool:
     if node.op == "call_function":
         return node.target in _LINEAR_FUNCTIONS or operation_name(node) in _LINEAR_NAMES
     return node.op == "call_method" and str(node.target).strip("_") in _LINEAR_NAMES
+
+
+def _values(node: fx.Node, operands: list[fx.Node]) -> list[fx.Node]:
+    """The operands whose values the result depends on: not those that only lend their type or device."""
+    if node.op == "call_function" and node.target is getattr:
+        return [] if node.args[1] in ("dtype", "device") else operands
+    return operands[:1] if operation_name(node) in ("type_as", "view_as", "reshape_as", "expand_as") else operands
+
+
+def _added(node: fx.Node, operand: fx.Node) -> bool:
+    """Whether a linear operation only adds this operand, as its bias."""
+    name = operation_name(node).strip("_")
+    arguments = arguments_of(name, tuple(node.args), dict(node.kwargs)) or []
+    positions = [position for position, argument in enumerate(arguments) if argument is operand]
+    return bool(positions) and all(is_bias(name, position) for position in positions)
 
 
 def operation_name(node: fx.Node) -> str:

@@ -8,23 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from bayesify.graph.capture import linear_uses
+from bayesify.graph.capture import ParameterOf, Use, linear_uses
 from bayesify.graph.inputs import Inputs
 from bayesify.modes import evaluating
 
 
 @dataclass(frozen=True)
-class ExportedUse:
-    """A linear operation: the parameters it reads, the module whose forward ran it, whether it sees the batch."""
+class Exported:
+    """Every linear operation of a model by the module whose forward ran it, and the parameters of its nodes."""
 
-    parameters: frozenset[str]
-    owner: str
-    operation: str
-    carries_batch: bool
+    uses: list[tuple[str, Use]]
+    parameter_of: ParameterOf
 
 
-def export_uses(model: nn.Module, inputs: Inputs) -> list[ExportedUse] | None:
-    """Every linear operation of the model on the given inputs, or `None` where it cannot be exported."""
+def export_uses(model: nn.Module, inputs: Inputs) -> Exported | None:
+    """The linear operations of the model on the given inputs, or `None` where it cannot be exported."""
     args, kwargs = inputs
     try:
         with evaluating(model), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -36,12 +34,14 @@ def export_uses(model: nn.Module, inputs: Inputs) -> list[ExportedUse] | None:
         return None
     parameters = program.graph_signature.inputs_to_parameters
     user_inputs = set(program.graph_signature.user_inputs)
+
+    def parameter_of(node: fx.Node) -> str | None:
+        return parameters.get(node.name) if node.op == "placeholder" else None
+
     uses, _ = linear_uses(
-        program.graph.nodes,
-        lambda node: parameters.get(node.name) if node.op == "placeholder" else None,
-        lambda node: node.op == "placeholder" and node.name in user_inputs,
+        program.graph.nodes, parameter_of, lambda node: node.op == "placeholder" and node.name in user_inputs
     )
-    return [ExportedUse(use.parameters, _owner(use.node), use.operation, use.carries_batch) for use in uses]
+    return Exported([(_owner(use.node), use) for use in uses], parameter_of)
 
 
 def _owner(node: fx.Node) -> str:

@@ -8,8 +8,8 @@ from torch import nn
 from bayesify.config import Rank1Config
 from bayesify.distributions import Factor, make_factor
 from bayesify.errors import ConversionError
+from bayesify.graph.plan import Plan, join, tied_names
 from bayesify.graph.report import ConversionReport
-from bayesify.graph.sites import Plan, tied_names
 from bayesify.layers import (
     AdditiveSite,
     MemberBatchNorm,
@@ -17,11 +17,11 @@ from bayesify.layers import (
     Rewritten,
     Site,
     attach,
+    attach_functional,
     attach_norm,
     attach_unfused,
     bias_of,
     detach,
-    weight_sizes,
 )
 
 
@@ -31,7 +31,7 @@ def swap(plan: Plan, config: Rank1Config) -> None:
     try:
         for name, layer in plan.layers.items():
             done.append(layer)
-            _convert(name, layer, config, plan.batch_dims.get(name, 0))
+            _convert(name, layer, plan, config)
         for layer in plan.fused.values():
             done.append(layer)
             attach_unfused(layer)
@@ -43,9 +43,13 @@ def swap(plan: Plan, config: Rank1Config) -> None:
         raise
 
 
-def _convert(name: str, layer: nn.Module, config: Rank1Config, batch_dim: int) -> None:
+def _convert(name: str, layer: nn.Module, plan: Plan, config: Rank1Config) -> None:
     try:
-        attach(layer, _new_sites(layer, config, next(layer.parameters()).device, batch_dim))
+        sites = _new_sites(name, plan, config, next(layer.parameters()).device)
+        if name in plan.functional:
+            attach_functional(layer, sites, plan.functional[name])
+        else:
+            attach(layer, sites)
     except Exception as error:
         raise ConversionError(
             f"layer {name!r} ({type(layer).__name__}) could not become rank-1: {type(error).__name__}: {error}. "
@@ -66,7 +70,7 @@ def report_on(model: nn.Module, plan: Plan, config: Rank1Config) -> ConversionRe
     """What converting by this plan does, computed from the plan alone."""
     sites = plan.sites()
     ties = tied_names(model)
-    tied = {name: ties[weight] for name in sites for weight in (f"{name}.weight", name) if weight in ties}
+    tied = {name: ties[weight] for name in sites for weight in (join(name, "weight"), name) if weight in ties}
     return ConversionReport(
         members=config.members,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -92,22 +96,23 @@ def _norm_notes(plan: Plan, config: Rank1Config) -> list[str]:
 def _count_added(plan: Plan, config: Rank1Config) -> int:
     """Parameters that the conversion adds, counted on the meta device."""
     meta = torch.device("meta")
-    sites = [site for layer in plan.layers.values() for site in _new_sites(layer, config, meta).values()]
+    sites = [site for name in plan.layers for site in _new_sites(name, plan, config, meta).values()]
     added = sum(p.numel() for site in sites for p in site.parameters())
     affine = sum(p.numel() for norm in plan.norms.values() for p in norm.parameters(recurse=False))
     return added + config.members * affine
 
 
-def _new_sites(layer: nn.Module, config: Rank1Config, device: torch.device, batch_dim: int = 0) -> dict[str, Site]:
+def _new_sites(name: str, plan: Plan, config: Rank1Config, device: torch.device) -> dict[str, Site]:
     def factor(side: str, size: int) -> Factor | None:
         return make_factor(config, size, device) if config.factors in ("both", side) else None
 
     def own_bias(weight: str, size: int) -> MemberVector | None:
-        has_bias = getattr(layer, bias_of(weight), None) is not None
+        has_bias = name not in plan.functional and getattr(plan.layers[name], bias_of(weight), None) is not None
         return MemberVector(config.members, size, device) if config.member_bias and has_bias else None
 
-    sizes = weight_sizes(layer).items()
+    batch_dim = plan.batch_dims.get(name, 0)
     site = Site if config.perturbation == "multiplicative" else AdditiveSite
     return {
-        name: site(factor("inputs", s), factor("outputs", r), own_bias(name, r), batch_dim) for name, (s, r) in sizes
+        weight: site(factor("inputs", s), factor("outputs", r), own_bias(weight, r), batch_dim)
+        for weight, (s, r) in plan.sizes(name).items()
     }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,61 +13,17 @@ from torch.nn.parameter import is_lazy
 from bayesify.config import Rank1Config
 from bayesify.errors import ConversionError
 from bayesify.graph.capture import capture, forward_names, linear_uses
-from bayesify.graph.export import ExportedUse, export_uses
+from bayesify.graph.export import export_uses
 from bayesify.graph.inputs import Inputs, derive_inputs
 from bayesify.graph.layout import known_dims, may_move_batch, observed_dims
-from bayesify.layers import FUSED, is_exact, is_linear, rank1_class, weight_sizes
+from bayesify.graph.plan import Plan, join, site_name
+from bayesify.graph.uses import Uses
+from bayesify.layers import FUSED, is_exact, is_linear, rank1_class
 
 _NOT_LINEAR: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.Embedding, nn.EmbeddingBag), "an embedding looks rows up; it is no linear map of an activation"),
     ((nn.Bilinear,), "a bilinear map of two inputs has no rank-1 equivalent here"),
 )
-
-
-@dataclass
-class Plan:
-    """Layers to convert, batch norms to split by member, everything else with its reason, and how it is known.
-
-    `batch_dims` has the layers whose inputs carry the batch elsewhere than in their first dimension (`unsettled`: this
-    is still to be seen on inputs); `fused` the layers of torch.nn whose fused kernel would go past what is converted in
-    them.
-    """
-
-    layers: dict[str, nn.Module] = field(default_factory=dict)
-    norms: dict[str, _BatchNorm] = field(default_factory=dict)
-    fused: dict[str, nn.Module] = field(default_factory=dict)
-    batch_dims: dict[str, int] = field(default_factory=dict)
-    unsettled: bool = False
-    skipped: dict[str, str] = field(default_factory=dict)
-    routes: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def skip(self, name: str, reason: str) -> None:
-        self.layers.pop(name, None)
-        self.skipped.setdefault(name, reason)
-
-    def restrict(self, layers: Mapping[str, int]) -> None:
-        """Keep the given layers {name: dimension of their inputs that carries the batch}."""
-        if unknown := sorted(layers.keys() - self.layers.keys()):
-            reason = self.skipped.get(unknown[0], "there is no such layer")
-            raise ConversionError(f"layer {unknown[0]!r} should carry factors, but cannot: {reason}.")
-        for name in self.layers.keys() - layers.keys():
-            self.skip(name, "left out when the model was first converted")
-        self.batch_dims = {name: dim for name, dim in layers.items() if dim}
-        self.unsettled = False
-
-    def sites(self) -> dict[str, tuple[str, tuple[int, int]]]:
-        """{site name: (kind, (input channels, output channels))}."""
-        found: dict[str, tuple[str, tuple[int, int]]] = {}
-        for name, layer in self.layers.items():
-            for weight, size in weight_sizes(layer).items():
-                found[site_name(name, weight)] = (type(layer).__name__, size)
-        return found
-
-
-def site_name(layer: str, weight: str) -> str:
-    """The layer's name where it has one weight, otherwise the weight's full name."""
-    return layer if weight == "weight" else f"{layer}.{weight}" if layer else weight
 
 
 def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = None) -> Plan:
@@ -81,8 +36,9 @@ def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = No
     _collect_layers(model, plan)
     if config.member_batch_norm:
         plan.norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    candidates = [*plan.layers, *plan.norms]
+    before = dict.fromkeys([*plan.layers, *plan.norms])
     _read_graphs(model, plan, inputs)
+    candidates = [*(before | dict.fromkeys(plan.sites()))]
     _check_linear(plan)
     _apply_patterns(plan, config, candidates)
     _settle_attention(model, plan)
@@ -101,14 +57,6 @@ def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = No
     return plan
 
 
-def tied_names(model: nn.Module) -> dict[str, list[str]]:
-    """{parameter name: the other names of the same parameter}, for parameters that have several."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {n: [o for o in group if o != n] for group in names.values() if len(group) > 1 for n in group}
-
-
 # ------------------------------------------------------------------------------------------------ passes
 
 
@@ -120,7 +68,7 @@ def _collect_layers(model: nn.Module, plan: Plan) -> None:
             raise ConversionError(
                 f"{name or 'the model'} has parameters without a shape yet; run one forward pass first."
             )
-        outer = next((layer for layer in converted if name.startswith(_join(layer, ""))), None)
+        outer = next((layer for layer in converted if name.startswith(join(layer, ""))), None)
         equivalent = rank1_class(type(module))
         if equivalent is not None:
             if outer is not None:
@@ -140,7 +88,7 @@ def _read_graphs(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
     untraced: list[str] = []
     suspicious = False
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    ties = tied_names(model)
+    found = Uses(model, plan)
     for name, module in model.named_modules():
         if not _has_code_of_its_own(name, module, plan):
             continue
@@ -150,51 +98,39 @@ def _read_graphs(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
             untraced.append(name)
             suspicious = suspicious or _may_read_weights(module)
             continue
-        uses, constant_calls = linear_uses(
-            graph.nodes, _parameter_of(name, parameters), lambda node: node.op == "placeholder"
-        )
+        parameter_of = _parameter_of(name, parameters)
+        uses, constant_calls = linear_uses(graph.nodes, parameter_of, lambda node: node.op == "placeholder")
         for use in uses:
-            _note_use(plan, use.parameters, name, use.operation, ties)
+            found.add(name, use, parameter_of)
         for call in constant_calls:
-            _skip_constant(plan, _join(name, str(call.target)))
-    if not untraced:
-        return
+            _skip_constant(plan, join(name, str(call.target)))
+    if untraced:
+        _read_untraced(model, plan, found, untraced, suspicious, inputs)
+    found.settle()
+    plan.layers |= {name: model.get_submodule(name) for name in plan.functional}
+
+
+def _read_untraced(
+    model: nn.Module, plan: Plan, found: Uses, untraced: list[str], suspicious: bool, inputs: Inputs | None
+) -> None:
+    """What Python tracing does not get through: look at the exported model."""
     if inputs is None and suspicious:
         inputs = derive_inputs(model)
     exported = export_uses(model, inputs) if inputs is not None else None
     if exported is not None:
         for name in untraced:
             plan.routes[name] = "export"
-        _read_export(plan, exported, ties)
+        for owner, use in exported.uses:
+            if use.carries_batch:
+                found.add(owner, use, exported.parameter_of)
+            else:
+                _skip_constant(plan, owner)
     elif suspicious:
         plan.notes.append(
             f"the forward of {untraced[0] or type(model).__name__} could not be traced or exported, so its layers were "
             "swapped without a plan; pass example_inputs= to have the result checked on them"
         )
     _account_for_raw_parameters(model, plan, untraced, planned=exported is not None)
-
-
-def _read_export(plan: Plan, uses: list[ExportedUse], ties: dict[str, list[str]]) -> None:
-    for use in uses:
-        if not use.carries_batch:
-            _skip_constant(plan, use.owner)
-            continue
-        _note_use(plan, use.parameters, use.owner, use.operation, ties)
-
-
-def _note_use(plan: Plan, parameters: Iterable[str], owner: str, operation: str, ties: dict[str, list[str]]) -> None:
-    """A linear operation run by `owner` reads these parameters: fine inside their own layer, else not covered."""
-    for parameter in parameters:
-        # A graph knows a tied weight by one of its names, which may be that of another layer.
-        layers = [_layer_of(plan, name) for name in (parameter, *ties.get(parameter, []))]
-        if any(name is not None and (owner == name or owner.startswith(f"{name}.")) for name in layers):
-            continue
-        layer = layers[0]
-        where = owner or "the model"
-        if layer is not None:
-            plan.skip(layer, f"{where} uses its weight through {operation} without calling the layer")
-        else:
-            plan.skipped.setdefault(parameter, f"raw parameter, used through {operation} in {where}")
 
 
 def _account_for_raw_parameters(model: nn.Module, plan: Plan, untraced: list[str], planned: bool) -> None:
@@ -237,27 +173,38 @@ def _apply_patterns(plan: Plan, config: Rank1Config, candidates: list[str]) -> N
                 "Patterns are full dotted names (a name selects everything beneath it) or globs such as 'layer4.*'."
             )
     for name in list(plan.layers):
-        if config.include and not any(matches(name, pattern) for pattern in config.include):
-            plan.skip(name, "not selected by include")
-    for name in list(plan.layers):
-        pattern = next((p for p in config.exclude if matches(name, p)), None)
-        if pattern is not None:
-            plan.skip(name, f"excluded by {pattern!r}")
+        for weight in list(plan.functional.get(name, {})):
+            reason = _left_out(site_name(name, weight), config)
+            if reason is not None:
+                del plan.functional[name][weight]
+                plan.skipped[site_name(name, weight)] = reason
+        reason = _left_out(name, config) if name not in plan.functional else None
+        if reason is not None:
+            plan.skip(name, reason)
+        elif plan.functional.get(name) == {}:
+            del plan.layers[name], plan.functional[name]
     for name in list(plan.norms):
-        included = not config.include or any(matches(name, pattern) for pattern in config.include)
-        if not included or any(matches(name, pattern) for pattern in config.exclude):
+        if _left_out(name, config) is not None:
             del plan.norms[name]
+
+
+def _left_out(name: str, config: Rank1Config) -> str | None:
+    """Why the user does not want this site, if so."""
+    if config.include and not any(matches(name, pattern) for pattern in config.include):
+        return "not selected by include"
+    pattern = next((p for p in config.exclude if matches(name, p)), None)
+    return None if pattern is None else f"excluded by {pattern!r}"
 
 
 def _settle_attention(model: nn.Module, plan: Plan) -> None:
     """Attention that is not converted reads the weight of its out projection; fused kernels read many."""
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention) and name not in plan.layers:
-            plan.skip(_join(name, "out_proj"), "nn.MultiheadAttention reads this weight without calling the layer")
+            plan.skip(join(name, "out_proj"), "nn.MultiheadAttention reads this weight without calling the layer")
             for own, parameter in module.named_parameters(prefix=name, recurse=False):
                 if parameter.dim() > 1 and rank1_class(type(module)) is None:
                     plan.skipped[own] = f"{type(module).__name__} has a forward of its own, with attention in it"
-        elif isinstance(module, FUSED) and any(layer.startswith(_join(name, "")) for layer in plan.layers):
+        elif isinstance(module, FUSED) and any(layer.startswith(join(name, "")) for layer in plan.layers):
             plan.fused[name] = module
 
 
@@ -305,15 +252,7 @@ def _may_read_weights(module: nn.Module) -> bool:
 
 def _parameter_of(prefix: str, parameters: set[str]) -> Callable[[fx.Node], str | None]:
     def name_of(node: fx.Node) -> str | None:
-        name = _join(prefix, str(node.target))
+        name = join(prefix, str(node.target))
         return name if node.op == "get_attr" and name in parameters else None
 
     return name_of
-
-
-def _layer_of(plan: Plan, parameter: str) -> str | None:
-    return next((n for n in plan.layers if parameter.startswith(_join(n, ""))), None)
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name

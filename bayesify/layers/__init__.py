@@ -4,6 +4,9 @@ from bayesify.layers import attention, conv, linear, recurrent
 from bayesify.layers.attention import FUSED as FUSED
 from bayesify.layers.attention import OUT_BATCH_DIM as OUT_BATCH_DIM
 from bayesify.layers.attention import attach_unfused as attach_unfused
+from bayesify.layers.functional import Rank1Functional as Rank1Functional
+from bayesify.layers.functional import attach_functional as attach_functional
+from bayesify.layers.functional import functional_sizes as functional_sizes
 from bayesify.layers.members import MemberVector as MemberVector
 from bayesify.layers.norm import MemberBatchNorm as MemberBatchNorm
 from bayesify.layers.norm import MemberNorm as MemberNorm

@@ -83,13 +83,20 @@ class Rank1Layer(Rewritten):
             f"what is added to the inputs of {original_class(type(self)).__name__} cannot be folded into its bias."
         )
 
+    def weight_of(self, name: str) -> Tensor:
+        """The weight of the site `name`."""
+        return getattr(self, name)
+
+    def bias_beside(self, name: str) -> Tensor | None:
+        """The bias that is added to the outputs of the site `name`, as far as factors are concerned."""
+        return getattr(self, bias_of(name), None)
+
     def with_draw(self, name: str, row: int) -> tuple[Tensor, Tensor | None]:
         """The weight `name` and its bias, with one row of the draw in force folded into them."""
         site: Site = self.rank1[name]  # type: ignore[assignment]
         s, r = site.vectors(row)
-        bias: Tensor | None = getattr(self, bias_of(name), None)
-        terms = [bias, site.own_bias_of(row)]
-        weight: Tensor = getattr(self, name)
+        terms = [self.bias_beside(name), site.own_bias_of(row)]
+        weight = self.weight_of(name)
         if isinstance(site, AdditiveSite):
             terms += [None if s is None else self.applied(name, s.to(weight.dtype)), r]
         else:

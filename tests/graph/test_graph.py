@@ -107,23 +107,20 @@ def test_linear_uses_follow_parameters_through_views_but_not_sums() -> None:
 # ------------------------------------------------------------------------------------------------ raw parameters
 
 
+@pytest.mark.parametrize("untraceable", [False, True], ids=["fx", "export"])
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_raw_matrix_is_listed(name: str) -> None:
-    plan = plan_of(Raw(PRODUCTS[name]))
-    assert list(plan.layers) == ["layer"]
-    assert set(plan.skipped) == {"matrix"}
-    assert plan.skipped["matrix"].startswith("raw parameter, used through ")
-    assert plan.routes[""] == "fx"
-
-
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_raw_matrix_of_an_untraceable_forward_is_planned_by_export(name: str) -> None:
-    plan = plan_of(Raw(PRODUCTS[name], untraceable=True), torch.randn(3, 4))
-    assert list(plan.layers) == ["layer"]
-    assert set(plan.skipped) == {"matrix"}
-    assert plan.skipped["matrix"].startswith("raw parameter, used through ")
-    assert plan.routes[""] == "export"
+def test_raw_matrix_is_a_site_or_listed(name: str, untraceable: bool) -> None:
+    plan = plan_of(Raw(PRODUCTS[name], untraceable), torch.randn(3, 4) if untraceable else None)
+    assert plan.routes[""] == ("export" if untraceable else "fx")
     assert plan.notes == []
+    if name == "scaled":
+        assert list(plan.layers) == ["layer"]
+        assert plan.skipped["matrix"].startswith("raw parameter, used through ")
+        assert "changed by mul" in plan.skipped["matrix"]
+    else:
+        assert plan.sites() == {"layer": ("Linear", (4, 4)), "matrix": ("Raw", (4, 4))}
+        assert not plan.skipped
+        assert plan.functional == {"": {"matrix": "fc" if name in ("linear", "transposed") else "cf"}}
 
 
 def test_raw_matrix_without_inputs_to_export_is_listed_and_noted() -> None:
@@ -146,11 +143,10 @@ class Experts(nn.Module):
         return self.layer(torch.bmm(x.expand(3, -1, -1), self.up).mean(0))
 
 
-def test_fused_weights_are_listed() -> None:
+def test_fused_weights_are_one_site() -> None:
     plan = plan_of(Experts())
-    assert set(plan.skipped) == {"up"}
-    assert "bmm" in plan.skipped["up"]
-    assert list(plan.layers) == ["layer"]
+    assert not plan.skipped
+    assert plan.sites() == {"layer": ("Linear", (8, 2)), "up": ("Experts", (12, 24))}
 
 
 # ------------------------------------------------------------------------------------------------ behind a layer's back
@@ -170,13 +166,14 @@ class BehindTheBack(nn.Module):
 
 
 @pytest.mark.parametrize("untraceable", [False, True], ids=["fx", "export"])
-def test_weight_used_without_its_layer_is_skipped(untraceable: bool) -> None:
+def test_weight_used_without_its_layer_is_a_site_of_its_user(untraceable: bool) -> None:
     model = BehindTheBack(untraceable)
     plan = plan_of(model, torch.randn(3, 4) if untraceable else None)
-    assert list(plan.layers) == ["head"]
-    assert "without calling the layer" in plan.skipped["proj"]
+    assert plan.sites() == {"head": ("Linear", (4, 2)), "proj": ("BehindTheBack", (4, 4))}
+    assert not plan.skipped
     bnn = bayesify(model, members=2, **({"example_inputs": torch.randn(3, 4)} if untraceable else {}))
     assert type(bnn.model.proj) is nn.Linear
+    assert {name for name, _, _ in bnn.factors()} == {"head", "proj"}
 
 
 class TiedDecoder(nn.Module):
@@ -194,7 +191,7 @@ class TiedDecoder(nn.Module):
 def test_weight_used_both_ways_is_skipped() -> None:
     plan = plan_of(TiedDecoder())
     assert list(plan.layers) == ["head"]
-    assert "linear" in plan.skipped["encoder"]
+    assert "by the layer encoder" in plan.skipped["encoder"]
 
 
 # ------------------------------------------------------------------------------------------------ constants
