@@ -22,6 +22,7 @@ from bayesify.layers.site import AdditiveSite, Site
 T = TypeVar("T", bound="type[Rank1Layer]")
 
 _TABLE: dict[str, type[Rank1Layer]] = {}
+_PREDICATES: list[tuple[Callable[[type[nn.Module]], bool], type[Rank1Layer]]] = []
 
 
 class Rewritten(nn.Module):
@@ -116,6 +117,17 @@ def rank1(base: type[nn.Module] | str) -> Callable[[T], T]:
     return register
 
 
+def rank1_where(predicate: Callable[[type[nn.Module]], bool]) -> Callable[[T], T]:
+    """Register the rank-1 equivalent of all classes for which `predicate` holds, where no one class is their base."""
+
+    def register(equivalent: T) -> T:
+        _PREDICATES.append((predicate, equivalent))
+        rank1_class.cache_clear()
+        return equivalent
+
+    return register
+
+
 @cache
 def rank1_class(cls: type[nn.Module]) -> type[Rank1Layer] | None:
     """The rank-1 equivalent of a layer class, or `None`.
@@ -136,7 +148,8 @@ def rank1_class(cls: type[nn.Module]) -> type[Rank1Layer] | None:
         if not same_forward or not issubclass(equivalent, ancestor):
             own["forward"] = equivalent.own_forward()
         return type(f"Rank1{cls.__name__}", (equivalent, cls), own)
-    return None
+    equivalent = next((equivalent for predicate, equivalent in _PREDICATES if predicate(cls)), None)
+    return None if equivalent is None else type(f"Rank1{cls.__name__}", (equivalent, cls), {"__module__": __name__})
 
 
 def weight_sizes(layer: nn.Module) -> dict[str, tuple[int, int]]:
@@ -151,8 +164,8 @@ def is_exact(cls: type[nn.Module]) -> bool:
 
 
 def bias_of(weight: str) -> str:
-    """The name of the bias beside a weight: bias, bias_hh_l0, …"""
-    return weight.replace("weight", "bias")
+    """The name of the bias beside a weight: bias, bias_hh_l0, down_proj_bias, …"""
+    return weight.replace("weight", "bias") if "weight" in weight else f"{weight}_bias"
 
 
 def attach(layer: nn.Module, sites: dict[str, Site]) -> None:
