@@ -6,6 +6,7 @@ whatever other tokens its expert gets.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ class Rank1Experts(Rank1Layer):
 
     A loop over experts; transformers' batched and grouped kernels, which have no place for factors, are not used.
     """
+
+    num_experts: int
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+    _apply_gate: Callable[[Tensor], Tensor]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # type: ignore[override]
         """hidden_states [tokens, in], tokens of one row side by side; experts and weights [tokens, k]."""

@@ -24,7 +24,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(name: str) -> nn.Module:
+def build(name: str) -> Any:
     family, options = MODELS[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**SIZES, **options, pad_token_id=0)
@@ -96,7 +96,8 @@ def test_draws_of_each_example_stay_with_it(name: str) -> None:
 
 def test_member_biases_and_gradients() -> None:
     bnn = bayesify(build("gpt-oss"), members=2, member_bias=True, posterior="deterministic", init="normal")
-    experts = bnn.model.model.layers[0].mlp.experts
+    network: Any = bnn.model
+    experts = network.model.layers[0].mlp.experts
     for site in experts.rank1.values():
         nn.init.normal_(site.own_bias.offset)
     x = tokens()
@@ -114,7 +115,8 @@ def test_what_is_refused() -> None:
     with pytest.raises(ConversionError, match="experts"):
         bnn.merge()
     bnn = bayesify(build("mixtral"), members=2)
-    experts = bnn.model.model.layers[0].mlp.experts
+    network: Any = bnn.model
+    experts = network.model.layers[0].mlp.experts
     for factor in (experts.rank1["down_proj"].s, experts.rank1["gate_up_proj"].s):
         factor.hold(torch.ones(2, factor.size))
     with pytest.raises(BayesifyError, match="no multiple"):
