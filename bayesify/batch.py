@@ -19,6 +19,14 @@ from bayesify.predictive import Task
 
 _SHARED_INPUTS = {"cache_position"}
 """Inputs that never carry the batch, whatever their length."""
+_PACKED_INPUTS = {
+    "pixel_values", "pixel_values_images", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "image_sizes",
+    "image_patches", "pixel_attention_mask", "pixel_position_ids", "image_position_ids", "video_position_ids",
+    "second_per_grid_ts", "pixel_values_list", "spatial_shapes",
+}  # fmt: skip
+"""Images of vision–language models: those of all examples one after the other, however many each has."""
+_PAIRWISE_OUTPUTS = {"logits_per_image", "logits_per_text", "logits_per_video", "logits_per_audio"}
+"""Similarities [B, B] of contrastive models: of K·B by K·B, only those within a member have a meaning."""
 
 
 class Rows:
@@ -50,13 +58,14 @@ class Rows:
         expanded = tuple(
             map_tensors(value, lambda t, d=self._dim(i): _repeat(t, batch, members, d)) for i, value in enumerate(args)
         )
-        named = {
-            name: value
-            if name in _SHARED_INPUTS
-            else map_tensors(value, lambda t, d=self._dim(name): _repeat(t, batch, members, d))
-            for name, value in kwargs.items()
-        }
-        return expanded, named
+        return expanded, {name: self._expanded(name, value, batch, members) for name, value in kwargs.items()}
+
+    def _expanded(self, name: str, value: Any, batch: int, members: int) -> Any:
+        if name in _SHARED_INPUTS:
+            return value
+        packed = name in _PACKED_INPUTS and name != self.main
+        dim = self._dim(name)
+        return map_tensors(value, lambda t: _repeat(t, t.shape[0] if packed else batch, members, dim))
 
     def reduce(self, output: Any, members: int, batch: int, task: Task | None) -> Any:
         """Average an output of K·B rows over members, in its own type: log of the mean probability as logits."""
@@ -143,27 +152,36 @@ def _mean(value: Any, members: int, dim: int) -> Any:
 
 
 def _reduce(output: Any, members: int, batch: int, task: Task | None, named_logits: bool) -> Any:
-    def tensor(value: Any, is_logits: bool) -> Any:
+    def tensor(value: Any, name: str | None) -> Any:
         if isinstance(value, PackedSequence):
             return _mean(value, members, 0)
+        if name in _PAIRWISE_OUTPUTS and value.shape == (members * batch, members * batch):
+            value = torch.cat(diagonal_blocks(value, members))
         if value.dim() == 0 or value.shape[0] != members * batch:
             return value
         if not value.is_floating_point():
             return value[:batch]
+        is_logits = name == "logits" or (name is None and not named_logits)
         if is_logits and resolve_task(value, task) == "classification":
             return mean_log_probs(value, members)
         return _mean(value, members, 0)
 
+    def named(fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: map_tensors(value, lambda t, n=name: tensor(t, n)) for name, value in fields.items()}
+
     if isinstance(output, Mapping):
-        items = {name: map_tensors(value, lambda t, n=name: tensor(t, n == "logits")) for name, value in output.items()}
+        items = named(output)
         return type(output)(**items) if dataclasses.is_dataclass(output) else type(output)(items)  # type: ignore[call-arg]
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        fields = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
-        changed = {
-            name: map_tensors(value, lambda t, n=name: tensor(t, n == "logits")) for name, value in fields.items()
-        }
-        return dataclasses.replace(output, **changed)
-    return map_tensors(output, lambda t: tensor(t, not named_logits))
+        return dataclasses.replace(
+            output, **named({f.name: getattr(output, f.name) for f in dataclasses.fields(output)})
+        )
+    return map_tensors(output, lambda t: tensor(t, None))
+
+
+def diagonal_blocks(value: Tensor, members: int) -> list[Tensor]:
+    """The [B, B] blocks of each member with itself in [K·B, K·B]."""
+    return [block.chunk(members, 1)[k] for k, block in enumerate(value.chunk(members))]
 
 
 def expand_rows(value: Tensor, members: int) -> Tensor:

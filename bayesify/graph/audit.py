@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesify.batch import Rows, map_tensors
+from bayesify.batch import Rows, diagonal_blocks, map_tensors
 from bayesify.config import Rank1Config
 from bayesify.errors import ConversionError
 from bayesify.graph.inputs import Inputs
@@ -55,7 +55,8 @@ def audit(model: nn.Module, inputs: Inputs, plan: Plan, config: Rank1Config) -> 
         finally:
             restore(list(model.modules()))
     _check_identity(reference, outputs, rows, batch, config.neutral)
-    _check_reach(plan, outputs, draws, rows, batch)
+    separate = [found for expected, found in zip(reference, outputs, strict=True) if not _pairwise(expected, found)]
+    _check_reach(plan, separate or outputs, draws, rows, batch)
 
 
 def _hold_neutral(plan: Plan, rows: int, config: Rank1Config) -> dict[tuple[str, str, str], Tensor]:
@@ -83,14 +84,21 @@ def _check_identity(reference: list[Tensor], outputs: list[Tensor], rows: Rows, 
             continue
         scale = float(expected.abs().max()) or 1.0
         tolerance = _TOLERANCE * (1 if expected.dtype == torch.float32 else 100)
-        for member in found.detach().split(batch, rows.input_dim):
-            error = float((member.float() - expected.float()).abs().max()) / scale
+        members = diagonal_blocks(found, 2) if _pairwise(expected, found) else found.split(batch, rows.input_dim)
+        for member in members:
+            error = float((member.detach().float() - expected.float()).abs().max()) / scale
             if not error <= tolerance:
                 raise ConversionError(
                     f"with every factor at {neutral:g} the converted network differs from the original by {error:.2g} "
                     f"(relative; expected at most {tolerance:.0e}). "
                     "Leave layers out with exclude= to find the one at fault."
                 )
+
+
+def _pairwise(expected: Tensor, found: Tensor) -> bool:
+    """Whether an output compares every example with every other, as in contrastive models."""
+    square = expected.dim() == 2 and expected.shape[0] == expected.shape[1]
+    return square and found.shape == (2 * len(expected), 2 * len(expected))
 
 
 @torch.enable_grad()

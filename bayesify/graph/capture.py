@@ -120,10 +120,17 @@ def is_linear_operation(node: fx.Node) -> bool:
 
 
 def _values(node: fx.Node, operands: list[fx.Node]) -> list[fx.Node]:
-    """The operands whose values the result depends on: not those that only lend their type or device."""
+    """The operands whose values the result depends on: not those that only lend their shape, type or device."""
     if node.op == "call_function" and node.target is getattr:
-        return [] if node.args[1] in ("dtype", "device") else operands
+        return [] if node.args[1] in ("shape", "ndim", "dtype", "device") else operands
+    if node.op == "call_method" and node.target in ("size", "dim", "numel"):
+        return []
     return operands[:1] if operation_name(node) in ("type_as", "view_as", "reshape_as", "expand_as") else operands
+
+
+def is_tensor_input(node: fx.Node) -> bool:
+    """Whether a node of a captured forward is one of its arguments and, as far as annotations say, no number."""
+    return node.op == "placeholder" and node.type not in (int, float, bool, str, "int", "float", "bool", "str")
 
 
 def _added(node: fx.Node, operand: fx.Node) -> bool:

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from bayesify.config import Rank1Config
 from bayesify.errors import ConversionError
-from bayesify.graph.capture import capture, forward_names, linear_uses
+from bayesify.graph.capture import capture, forward_names, is_tensor_input, linear_uses
 from bayesify.graph.export import export_uses
 from bayesify.graph.inputs import Inputs, derive_inputs
 from bayesify.graph.layout import known_dims, may_move_batch, observed_dims
@@ -99,11 +99,11 @@ def _read_graphs(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
             suspicious = suspicious or _may_read_weights(module)
             continue
         parameter_of = _parameter_of(name, parameters)
-        uses, constant_calls = linear_uses(graph.nodes, parameter_of, lambda node: node.op == "placeholder")
+        uses, constant_calls = linear_uses(graph.nodes, parameter_of, is_tensor_input)
         for use in uses:
             found.add(name, use, parameter_of)
-        for call in constant_calls:
-            _skip_constant(plan, join(name, str(call.target)))
+        called = [join(name, str(call.target)) for call in constant_calls]
+        _skip_constant(plan, [layer for layer in plan.layers if any(matches(layer, path) for path in called)])
     if untraced:
         _read_untraced(model, plan, found, untraced, suspicious, inputs)
     found.settle()
@@ -124,7 +124,7 @@ def _read_untraced(
             if use.carries_batch:
                 found.add(owner, use, exported.parameter_of)
             else:
-                _skip_constant(plan, owner)
+                _skip_constant(plan, [name for name in plan.layers if owner == name or owner.startswith(f"{name}.")])
     elif suspicious:
         plan.notes.append(
             f"the forward of {untraced[0] or type(model).__name__} could not be traced or exported, so its layers were "
@@ -143,10 +143,9 @@ def _account_for_raw_parameters(model: nn.Module, plan: Plan, untraced: list[str
                 plan.skipped.setdefault(parameter, "raw parameter of a forward that cannot be traced; use unknown")
 
 
-def _skip_constant(plan: Plan, owner: str) -> None:
-    for name in list(plan.layers):
-        if name == owner or name.startswith(f"{owner}."):
-            plan.skip(name, "its input does not carry the batch: it is the same for every example")
+def _skip_constant(plan: Plan, layers: list[str]) -> None:
+    for name in layers:
+        plan.skip(name, "its input does not carry the batch: it is the same for every example")
 
 
 def _check_linear(plan: Plan) -> None:

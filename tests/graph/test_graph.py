@@ -219,6 +219,48 @@ def test_layer_fed_by_a_constant_is_skipped(untraceable: bool) -> None:
         assert "does not carry the batch" in plan.skipped[name]
 
 
+class PositionGrid(nn.Module):
+    """Called with numbers: its layer sees positions, which are repeated for the batch afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Conv1d(1, 4, 1)
+
+    def forward(self, batch: int, size: int) -> Tensor:
+        return self.projection(torch.arange(size, dtype=torch.float32)[None, None]).repeat(batch, 1, 1)
+
+
+class FedByAGrid(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.layer = PositionGrid(), nn.Conv1d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x + self.positions(x.shape[0], x.shape[2]))
+
+
+def test_layer_fed_by_positions_is_skipped() -> None:
+    bnn = bayesify(FedByAGrid(), members=2, example_inputs=torch.randn(3, 4, 5))
+    assert set(bnn.report.converted) == {"layer"}
+    assert "does not carry the batch" in bnn.report.skipped["positions.projection"]
+    assert bnn.predict(torch.randn(3, 4, 5)).outputs.shape == (2, 1, 3, 4, 5)
+    assert set(bayesify(FedByAGrid(), members=2).report.converted) == {"layer"}
+
+
+class UntracedTable(FedByAConstant):
+    """The container that reads a constant holds a layer that sees the batch, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1000:
+            raise ValueError("too many examples")
+        return self.layer(x) + F.linear(self.table, self.positions[0].weight).sum()
+
+
+def test_constants_of_a_container_say_nothing_of_its_layers() -> None:
+    plan = plan_of(UntracedTable(untraceable=True), torch.randn(3, 5, 4))
+    assert "layer" in plan.layers
+
+
 # ------------------------------------------------------------------------------------------------ attention of torch.nn
 
 

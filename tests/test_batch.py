@@ -1,0 +1,78 @@
+"""Inputs and outputs that do not simply carry one row an example."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from bayesify import bayesify
+
+TEXT: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 60,
+    "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+ROPE: dict[str, Any] = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+
+
+def clip() -> tuple[Any, dict[str, Tensor]]:
+    vision = {k: TEXT[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    config = transformers.CLIPConfig(
+        text_config=TEXT, vision_config={**vision, "image_size": 8, "patch_size": 4}, projection_dim=8
+    )
+    torch.manual_seed(0)
+    inputs = {"input_ids": torch.randint(3, 60, (3, 6)), "pixel_values": torch.randn(3, 3, 8, 8)}
+    return transformers.CLIPModel(config).eval(), inputs
+
+
+def qwen2_vl() -> tuple[Any, dict[str, Tensor]]:
+    """Two examples with an image of 4×4 patches each, which lie one after the other in `pixel_values`."""
+    config = transformers.Qwen2VLConfig(
+        text_config={**TEXT, "num_key_value_heads": 1, "rope_parameters": ROPE},
+        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2},
+        image_token_id=50,
+        video_token_id=51,
+        vision_start_token_id=52,
+        vision_end_token_id=53,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ids = torch.randint(3, 50, (2, 10))
+    ids[:, 1], ids[:, 2:6], ids[:, 6] = 52, 50, 53
+    inputs = {
+        "input_ids": ids,
+        "pixel_values": torch.randn(32, 3 * 2 * 4 * 4),
+        "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
+        "mm_token_type_ids": (ids == 50).long(),
+    }
+    return transformers.Qwen2VLForConditionalGeneration(config).eval(), inputs
+
+
+@torch.no_grad()
+def test_similarities_of_contrastive_models_stay_within_a_member() -> None:
+    model, inputs = clip()
+    bnn = bayesify(copy.deepcopy(model), members=2, init="normal", posterior="deterministic", example_inputs=inputs)
+    found = bnn.eval()(**inputs)
+    members = [bnn.merge(k)(**inputs) for k in range(2)]
+    for name in ("logits_per_image", "logits_per_text", "text_embeds"):
+        mean = torch.stack([getattr(member, name) for member in members]).mean(0)
+        torch.testing.assert_close(found[name], mean, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(members[0].logits_per_image, members[1].logits_per_image, atol=1e-3)
+
+
+@torch.no_grad()
+def test_images_packed_one_after_the_other_are_repeated_for_each_member() -> None:
+    model, inputs = qwen2_vl()
+    expected = model(**inputs).logits
+    neutral = bayesify(copy.deepcopy(model), members=3, init="ones", posterior="deterministic", example_inputs=inputs)
+    for member in neutral.predict(**inputs).outputs[:, 0]:
+        torch.testing.assert_close(member, expected, rtol=1e-4, atol=1e-5)
+    bnn = bayesify(copy.deepcopy(model), members=2, init="normal", posterior="deterministic")
+    found = bnn.predict(**inputs).outputs[:, 0]
+    for k in range(2):
+        torch.testing.assert_close(found[k], bnn.merge(k)(**inputs).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
