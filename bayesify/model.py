@@ -35,6 +35,7 @@ from bayesify.predictive import Predictive, Task
 
 if TYPE_CHECKING:
     from bayesify.data import Preprocessing
+    from bayesify.generation import Generation
     from bayesify.hub import Origin
 
 Expansion = Literal["replicate", "partition"]
@@ -191,6 +192,12 @@ class BayesianModel(nn.Module):
         with self._drawn(members, batch, seed=key):
             output = rows.outputs(self.model(*args, **kwargs))
         return output.movedim(rows.input_dim, 0).unflatten(0, (count, batch))
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **options: Any) -> Generation:
+        """Text from the predictive, with the doubt of every token; see `bayesify.generation.generate`."""
+        from bayesify.generation import generate
+
+        return generate(self, inputs, generation_config, **options)
 
     def _settle(self, args: Any, kwargs: Any) -> None:
         """See on the first inputs where the batch is in each layer, if nothing told at the conversion."""

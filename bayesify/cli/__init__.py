@@ -1,4 +1,4 @@
-"""The command line: `bayesify inspect | convert | finetune | evaluate | corruptions | predict | push`."""
+"""The command line: `bayesify inspect | convert | finetune | evaluate | corruptions | predict | generate | push`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from bayesify.cli.convert import convert
 from bayesify.cli.corruptions import corruptions
 from bayesify.cli.evaluate import evaluate
 from bayesify.cli.finetune import finetune
+from bayesify.cli.generate import generate
 from bayesify.cli.inspect import inspect
 from bayesify.cli.predict import predict
 from bayesify.cli.push import push
@@ -35,7 +36,7 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _command in (inspect, convert, finetune, evaluate, corruptions, predict, push):
+for _command in (inspect, convert, finetune, evaluate, corruptions, predict, generate, push):
     app.command()(_command)
 
 
@@ -51,7 +52,7 @@ def bayesify_command(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Turn a pretrained network into a rank-1 Bayesian one: convert, fine-tune, evaluate, predict, share.
+    """Turn a pretrained network into a rank-1 Bayesian one: convert, fine-tune, evaluate, predict, write, share.
 
     A MODEL is a timm name (resnet50), a Hub id (timm/resnet50.a1_in1k, google-bert/bert-base-uncased) or a folder.
     A DATASET is a Hub id, a folder of images with one folder per class, or Parquet, CSV or JSON files.
