@@ -107,6 +107,7 @@ class Rank1Config:
             y = W (x + s) + r + b ("additive").
         factors: "both" perturbs a site's inputs (by s) and outputs (by r), otherwise only the one named.
         noise: one draw for each (member, example) row ("example", as published) or one for each member.
+        embeddings: give embeddings factors, too, on their outputs: one for each of their columns.
         member_bias: give every member a bias of its own at each site that has one.
         member_batch_norm: give every member scale, shift and running statistics of its own in each batch norm.
         kl_reduction: "mean" over members bounds the KL of the mixture by convexity; "sum" is what the released
@@ -133,6 +134,7 @@ class Rank1Config:
     perturbation: PerturbationName = "multiplicative"
     factors: FactorsName = "both"
     noise: NoiseName = "example"
+    embeddings: bool = False
     member_bias: bool = False
     member_batch_norm: bool = False
     kl_reduction: ReductionName = "mean"
@@ -144,7 +146,7 @@ class Rank1Config:
             value = getattr(self, name)
             object.__setattr__(self, name, as_names(name, getattr(self, name)))
         check_choices(self, _CHOICES)
-        check_flags(self, "member_bias", "member_batch_norm")
+        check_flags(self, "embeddings", "member_bias", "member_batch_norm")
         if isinstance(self.members, bool) or not isinstance(self.members, int) or self.members < 1:
             raise ConfigError(f"members must be a positive integer; found {self.members!r}.")
         if self.posterior_scale is not None and self.dropout_rate is not None:
@@ -167,6 +169,8 @@ class Rank1Config:
         """Refuse combinations of families that have no meaning."""
         from bayesify.distributions import check_pair
 
+        if self.embeddings and self.factors == "inputs":
+            raise ConfigError("embeddings have no inputs to perturb; set factors='both' or 'outputs'.")
         if self.perturbation == "additive" and self.init == "random-sign":
             raise ConfigError("init='random-sign' with perturbation='additive' would add ±1 to every input and output.")
         if self.posterior in POSITIVE and self.init == "random-sign":

@@ -68,7 +68,7 @@ def observed_dims(model: nn.Module, inputs: Inputs, layers: Iterable[str]) -> di
     """
     names = [name for name in layers if _takes_any_shape(model.get_submodule(name))]
     try:
-        small, large = (_input_shapes(model, inputs, names, times) for times in (2, 3))
+        small, large = (_shapes(model, inputs, names, times) for times in (2, 3))
     except Exception:
         return None  # control flow on values, or an operation without a rule for shapes
     found: dict[str, int] = {}
@@ -88,23 +88,23 @@ def _takes_any_shape(layer: nn.Module) -> bool:
     return equivalent is not None and equivalent.channel_dim == -1
 
 
-def _input_shapes(model: nn.Module, inputs: Inputs, names: list[str], times: int) -> dict[str, list[torch.Size]]:
-    """Shapes of the first tensor that each layer is called with, call by call."""
+def _shapes(model: nn.Module, inputs: Inputs, names: list[str], times: int) -> dict[str, list[torch.Size]]:
+    """Shapes of what each layer gives, call by call; a dense layer's inputs have the batch where its outputs do."""
     args, kwargs = Rows(model).expand(*inputs, times)
     shapes: dict[str, list[torch.Size]] = {name: [] for name in names}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), torch.random.fork_rng(devices=[]):
         twin = _shape_twin(model, mode)
 
         def watch(name: str) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-                if first is not None:
+            def hook(_: nn.Module, args: Any, output: Any) -> None:
+                first = output[0] if isinstance(output, tuple) else output
+                if isinstance(first, Tensor):
                     shapes[name].append(first.shape)
 
             return hook
 
         for name in names:
-            twin.get_submodule(name).register_forward_pre_hook(watch(name), with_kwargs=True)
+            twin.get_submodule(name).register_forward_hook(watch(name))
         args, kwargs = (map_tensors(part, mode.from_tensor) for part in (args, kwargs))
         with evaluating(twin):
             twin(*args, **kwargs)

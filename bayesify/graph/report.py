@@ -77,7 +77,7 @@ class ConversionReport:
             sites.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
         for name, kind in self.converted.items():
             size = self.sizes.get(name)
-            s, r = ("", "") if size is None else map(str, size)
+            s, r = ("", "") if size is None else (str(channels or "") for channels in size)
             s, r = s if self.factors != "outputs" else "", r if self.factors != "inputs" else ""
             sites.add_row(Text(name or "(the model)"), kind, s, r, Text(", ".join(self.tied.get(name, []))))
         parts: list[Any] = [sites]

@@ -104,7 +104,7 @@ def _count_added(plan: Plan, config: Rank1Config) -> int:
 
 def _new_sites(name: str, plan: Plan, config: Rank1Config, device: torch.device) -> dict[str, Site]:
     def factor(side: str, size: int) -> Factor | None:
-        return make_factor(config, size, device) if config.factors in ("both", side) else None
+        return make_factor(config, size, device) if size and config.factors in ("both", side) else None
 
     def own_bias(weight: str, size: int) -> MemberVector | None:
         has_bias = name not in plan.functional and getattr(plan.layers[name], bias_of(weight), None) is not None

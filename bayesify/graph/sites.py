@@ -20,11 +20,6 @@ from bayesify.graph.plan import Plan, join, site_name
 from bayesify.graph.uses import Uses
 from bayesify.layers import FUSED, is_exact, is_linear, rank1_class
 
-_NOT_LINEAR: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-    ((nn.Embedding, nn.EmbeddingBag), "an embedding looks rows up; it is no linear map of an activation"),
-    ((nn.Bilinear,), "a bilinear map of two inputs has no rank-1 equivalent here"),
-)
-
 
 def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = None) -> Plan:
     """Plan the conversion of a model.
@@ -33,7 +28,7 @@ def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = No
         ConversionError: no layer can be converted, or a pattern of `include` / `exclude` matches nothing.
     """
     plan = Plan()
-    _collect_layers(model, plan)
+    _collect_layers(model, plan, config)
     if config.member_batch_norm:
         plan.norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     before = dict.fromkeys([*plan.layers, *plan.norms])
@@ -60,7 +55,7 @@ def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = No
 # ------------------------------------------------------------------------------------------------ passes
 
 
-def _collect_layers(model: nn.Module, plan: Plan) -> None:
+def _collect_layers(model: nn.Module, plan: Plan, config: Rank1Config) -> None:
     """Every layer with a rank-1 equivalent; what lies inside one is a part of it."""
     converted: list[str] = []
     for name, module in model.named_modules():
@@ -69,6 +64,11 @@ def _collect_layers(model: nn.Module, plan: Plan) -> None:
                 f"{name or 'the model'} has parameters without a shape yet; run one forward pass first."
             )
         outer = next((layer for layer in converted if name.startswith(join(layer, ""))), None)
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and not (
+            config.embeddings and isinstance(module, nn.Embedding)
+        ):
+            plan.skipped[name] = "an embedding looks rows up; embeddings=True gives its outputs factors"
+            continue
         equivalent = rank1_class(type(module))
         if equivalent is not None:
             if outer is not None:
@@ -78,9 +78,6 @@ def _collect_layers(model: nn.Module, plan: Plan) -> None:
             if not equivalent.children_apart:
                 converted.append(name)
             continue
-        reason = next((text for kinds, text in _NOT_LINEAR if isinstance(module, kinds)), None)
-        if reason is not None:
-            plan.skipped[name] = reason
 
 
 def _read_graphs(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
@@ -213,8 +210,13 @@ def _find_batch(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
     moves = may_move_batch(model)
     if inputs is None and moves:
         inputs = derive_inputs(model)
-    if inputs is not None:
-        found = (observed_dims(model, inputs, plan.layers) or {}) | found
+    if inputs is None and any(isinstance(layer, nn.Embedding) for layer in plan.layers.values()):
+        inputs = derive_inputs(model)
+    observed = observed_dims(model, inputs, plan.layers) if inputs is not None else None
+    if observed is not None:
+        found = observed | found
+        for name in [n for n, layer in plan.layers.items() if isinstance(layer, nn.Embedding) and n not in observed]:
+            plan.skip(name, "its indices do not carry the batch: they are the same for every example")
     plan.unsettled = moves and inputs is None
     plan.batch_dims = {name: found[name] for name in plan.layers if found.get(name)}
 

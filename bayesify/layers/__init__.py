@@ -1,6 +1,6 @@
 """Rank-1 equivalents of linear, convolutional and recurrent layers. Importing this fills the registry."""
 
-from bayesify.layers import attention, conv, experts, linear, recurrent
+from bayesify.layers import attention, conv, experts, linear, lookup, recurrent
 from bayesify.layers.attention import FUSED as FUSED
 from bayesify.layers.attention import OUT_BATCH_DIM as OUT_BATCH_DIM
 from bayesify.layers.attention import attach_unfused as attach_unfused

@@ -505,7 +505,7 @@ def test_no_inputs_are_derived_for_other_models() -> None:
     assert derive_inputs(nn.Linear(3, 2)) is None
 
 
-def test_bilinear_is_listed_and_left_alone() -> None:
+def test_bilinear_is_a_site() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -516,6 +516,9 @@ def test_bilinear_is_listed_and_left_alone() -> None:
             y = self.body(x)
             return self.pair(y, y)
 
-    report = bayesify(Pair(), members=2).report
-    assert list(report.converted) == ["body"]
-    assert "bilinear" in report.skipped["pair"]
+    bnn = bayesify(Pair(), members=2, init="normal", posterior="deterministic")
+    assert list(bnn.report.converted) == ["body", "pair"]
+    x = torch.randn(4, 3)
+    found = bnn.predict(x).outputs[:, 0]
+    for member in range(2):
+        torch.testing.assert_close(found[member], bnn.merge(member)(x))
