@@ -17,7 +17,7 @@ from bayesify.batch import Rows, resolve_task
 from bayesify.config import Rank1Config
 from bayesify.distributions import CLIP, Factor, kl_divergence
 from bayesify.errors import BayesifyError, ConversionError, DataError
-from bayesify.graph import ConversionReport, observed_dims, restore, site_name
+from bayesify.graph import ConversionReport, is_quantized, observed_dims, restore, site_name
 from bayesify.layers import (
     MemberBatchNorm,
     MemberNorm,
@@ -333,13 +333,17 @@ def _fold(name: str, layer: Rank1Layer, member: int) -> None:
                 factor.hold(factor.mean[member : member + 1].clamp(-CLIP, CLIP))
         if site.own_bias is not None:
             site.own_bias.hold(slice(member, member + 1))
-    probe = None if is_exact(original_class(cls)) else cls.probe_input(layer)
+    # Hooks may make the weight from other parameters, as the older weight_norm and spectral_norm do.
+    plain = is_exact(original_class(cls)) and not layer._forward_pre_hooks
+    probe = None if plain else cls.probe_input(layer)
     expected = None
     if probe is not None:
         probe = torch.randn(probe.shape, device=probe.device).to(probe.dtype)
         expected = layer(probe)
     values: dict[str, Tensor] = {}
     for weight in sites:
+        if is_quantized(layer.weight_of(weight)):
+            raise ConversionError(f"{name}: factors cannot be folded into a weight in low-bit storage.")
         try:
             values[weight], bias = layer.with_draw(weight, 0)
         except ConversionError as error:

@@ -3,6 +3,7 @@
 from bayesify.graph.audit import audit as audit
 from bayesify.graph.inputs import as_inputs as as_inputs
 from bayesify.graph.inputs import derive_inputs as derive_inputs
+from bayesify.graph.layout import is_quantized as is_quantized
 from bayesify.graph.layout import observed_dims as observed_dims
 from bayesify.graph.plan import Plan as Plan
 from bayesify.graph.plan import site_name as site_name

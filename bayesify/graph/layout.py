@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bayesify.batch import Rows, map_tensors
 from bayesify.graph.inputs import Inputs
@@ -67,6 +68,8 @@ def observed_dims(model: nn.Module, inputs: Inputs, layers: Iterable[str]) -> di
     batch, or whole rows of it such as windows. `None` if it cannot be run like this.
     """
     names = [name for name in layers if _takes_any_shape(model.get_submodule(name))]
+    if not names or any(is_quantized(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        return None  # low-bit storage has no rule for shapes alone
     try:
         small, large = (_shapes(model, inputs, names, times) for times in (2, 3))
     except Exception:
@@ -78,6 +81,11 @@ def observed_dims(model: nn.Module, inputs: Inputs, layers: Iterable[str]) -> di
         if len(dims) == 1 and len(only := dims.pop()) == 1:
             found[name] = only[0]
     return found
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether a tensor stores its values in a way of its own, as those of torchao do."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def _takes_any_shape(layer: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bayesify.config import Rank1Config
 from bayesify.errors import BayesifyError, ConversionError, FormatError
 from bayesify.files import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors
+from bayesify.graph import is_quantized
 from bayesify.hub.base import load_base
 from bayesify.hub.origin import Origin, build, located
 from bayesify.hub.save import FORMAT_VERSION
@@ -142,7 +143,7 @@ def _convert(model: nn.Module, config: dict[str, Any], state: dict[str, Tensor],
     except ConversionError as error:
         raise FormatError(f"{folder / CONFIG_FILE}: does not fit the base model: {error}") from error
     try:
-        own = bnn.model.state_dict()
+        own = {name: value for name, value in bnn.model.state_dict().items() if not is_quantized(value)}
         factors = {name for name in own if ".rank1." in f".{name}"}
         needed = own.keys() if config["weights"] == "full" else factors
         stored = {own[name].data_ptr() for name in state if name in own}

@@ -15,6 +15,7 @@ from torch import Tensor
 import bayesify
 from bayesify.errors import BayesifyError
 from bayesify.files import CONFIG_FILE, WEIGHTS_FILE, check_output
+from bayesify.graph import is_quantized
 from bayesify.hub.card import write_card
 from bayesify.hub.origin import Origin, build, origin_of
 
@@ -30,14 +31,15 @@ def save_pretrained(model: BayesianModel, folder: str | Path, *, full: bool = Fa
 
     The weights file holds the factors and every slow weight that differs from the base model's: trained weights, a new
     head, statistics of normalization layers. With `full`, or where the base model cannot be loaded again to compare
-    with, it holds all slow weights. Files of an earlier save are replaced; the folder's other contents stay.
+    with, it holds all slow weights (but not those in low-bit storage, which safetensors cannot hold: they are never
+    trained, and the base model brings them). Files of an earlier save are replaced; the folder's other contents stay.
 
     Raises:
         FormatError: the folder holds something that bayesify did not write.
     """
     folder = check_output(folder)
     origin = model.origin or origin_of(model.model)
-    state = _unshared(model.model.state_dict())
+    state = _unshared({name: value for name, value in model.model.state_dict().items() if not is_quantized(value)})
     base = None if full else _base_state(origin)
     kept = {name: value for name, value in state.items() if base is None or not _same(value, base.get(name))}
     config: dict[str, Any] = {
