@@ -1,0 +1,51 @@
+"""The coverage harness on its fast subset: small networks of different kinds pass every check."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.coverage.checks import check
+
+RUN = Path(__file__).parents[2] / "benchmarks" / "coverage" / "run.py"
+
+
+@pytest.mark.parametrize("suite", ["timm", "transformers"])
+def test_fast_subset_passes(suite: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(RUN), suite, "--fast", "--workers", "1", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=900)
+    rows = json.loads((tmp_path / suite / "results.json").read_text())["rows"]
+    assert len(rows) >= 6
+    for row in rows:
+        assert (row["name"], row["status"], row.get("error")) == (row["name"], "ok", None)
+        assert row["share"] == 1.0
+        assert row["identity"] <= 1e-5
+
+
+class Chained(nn.Module):
+    """Multiplies with a matrix through a function that the library's graphs do not know as a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(4, 4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.linalg.multi_dot([x, self.matrix]))
+
+
+def test_failures_are_told_apart() -> None:
+    inputs = ((torch.randn(2, 4),), {})
+    assert check(lambda: (nn.Linear(3, 2), inputs))["status"] == "base"
+    assert check(lambda: (nn.ReLU(), inputs))["status"] == "convert"
+    row = check(lambda: (nn.Linear(4, 2), inputs))
+    assert (row["status"], row["share"], row["sites"], row["identity"]) == ("ok", 1.0, 1, 0.0)
+    row = check(lambda: (Chained(), inputs))
+    assert (row["status"], row["silent"], row["converted_parameters"]) == ("probe", ["matrix"], 8)
+    assert row["share"] == pytest.approx(8 / 24)
