@@ -50,16 +50,16 @@ def bayesify(
 
 
 def rebuild(
-    model: nn.Module, config: Rank1Config, layers: Mapping[str, int], *, task: Task | None = None
+    model: nn.Module, config: Rank1Config, sites: Mapping[str, int], *, task: Task | None = None
 ) -> BayesianModel:
-    """Convert as it was done before: the given layers and no others, with the batch in the given dimensions.
+    """Convert as it was done before: the given sites and no others, with the batch in the given dimensions.
 
     Raises:
-        ConversionError: one of the layers cannot be converted in this model, which is unchanged.
+        ConversionError: one of the sites cannot be converted in this model, which is unchanged.
     """
     _check_plain(model)
     plan = find_sites(model, config)
-    plan.restrict(layers)
+    plan.restrict(sites)
     return _swapped(model, plan, config, task)
 
 

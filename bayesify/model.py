@@ -22,6 +22,7 @@ from bayesify.layers import (
     MemberBatchNorm,
     MemberNorm,
     MemberVector,
+    Rank1Functional,
     Rank1Layer,
     Rewritten,
     Site,
@@ -205,12 +206,14 @@ class BayesianModel(nn.Module):
             return
         self.report.unsettled = False
         known = self.report.batch_dims
-        layers = {name: layer for name, layer in self.layers() if name not in known}
-        found = observed_dims(self.model, (args, kwargs), layers) or {}
-        known |= {name: dim for name, dim in found.items() if dim}
-        for name, dim in found.items():
-            for site in layers[name].rank1.values():
-                site.batch_dim = dim  # type: ignore[assignment]
+        layers = dict(self.layers())
+        functional = {name: layer.rank1.roles for name, layer in layers.items() if isinstance(layer, Rank1Functional)}
+        found = observed_dims(self.model, (args, kwargs), layers, functional) or {}
+        for name, layer in layers.items():
+            for weight, site in layer.rank1.items():
+                path = site_name(name, weight)
+                if found.get(path) and path not in known:
+                    known[path] = site.batch_dim = found[path]  # type: ignore[assignment]
 
     # -------------------------------------------------------------------------------------------- draws
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 from bayesify import bayesify
 
@@ -20,7 +19,7 @@ TEXT: dict[str, Any] = {
 ROPE: dict[str, Any] = {"rope_type": "default", "mrope_section": [1, 1, 2]}
 
 
-def clip() -> tuple[Any, dict[str, Tensor]]:
+def clip() -> tuple[Any, dict[str, Any]]:
     vision = {k: TEXT[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
     config = transformers.CLIPConfig(
         text_config=TEXT, vision_config={**vision, "image_size": 8, "patch_size": 4}, projection_dim=8
@@ -30,7 +29,7 @@ def clip() -> tuple[Any, dict[str, Tensor]]:
     return transformers.CLIPModel(config).eval(), inputs
 
 
-def qwen2_vl() -> tuple[Any, dict[str, Tensor]]:
+def qwen2_vl() -> tuple[Any, dict[str, Any]]:
     """Two examples with an image of 4×4 patches each, which lie one after the other in `pixel_values`."""
     config = transformers.Qwen2VLConfig(
         text_config={**TEXT, "num_key_value_heads": 1, "rope_parameters": ROPE},
@@ -72,6 +71,25 @@ def test_images_packed_one_after_the_other_are_repeated_for_each_member() -> Non
     for member in neutral.predict(**inputs).outputs[:, 0]:
         torch.testing.assert_close(member, expected, rtol=1e-4, atol=1e-5)
     bnn = bayesify(copy.deepcopy(model), members=2, init="normal", posterior="deterministic")
+    found = bnn.predict(**inputs).outputs[:, 0]
+    for k in range(2):
+        torch.testing.assert_close(found[k], bnn.merge(k)(**inputs).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
+
+
+@torch.no_grad()
+def test_products_on_time_first_know_where_the_batch_is() -> None:
+    """XLNet turns its inputs to [time, batch] and multiplies with parameters by einsum."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "num_labels": 3}
+    config = transformers.XLNetConfig(vocab_size=60, **sizes)
+    model = transformers.XLNetForSequenceClassification(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    inputs: dict[str, Any] = {"input_ids": torch.randint(3, 60, (4, 8))}
+    bnn = bayesify(copy.deepcopy(model), members=2, init="normal", posterior="deterministic")
+    assert {f"transformer.layer.0.rel_attn.{name}" for name in "qkvo"} <= set(bnn.report.converted)
+    assert bnn.report.batch_dims["transformer.layer.0.rel_attn.q"] == 1
     found = bnn.predict(**inputs).outputs[:, 0]
     for k in range(2):
         torch.testing.assert_close(found[k], bnn.merge(k)(**inputs).logits, rtol=1e-4, atol=1e-5)

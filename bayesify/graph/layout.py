@@ -6,7 +6,7 @@ import ast
 import copy
 import inspect
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bayesify.batch import Rows, map_tensors
 from bayesify.graph.inputs import Inputs
-from bayesify.layers import OUT_BATCH_DIM, Rank1Layer, rank1_class
+from bayesify.graph.plan import join, site_name
+from bayesify.layers import OUT_BATCH_DIM, Rank1Layer, Site, rank1_class, watch_products
 from bayesify.modes import evaluating
 
 _TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -50,33 +51,40 @@ def _swaps_first_dimensions(cls: type[nn.Module]) -> bool:
 
 
 def known_dims(model: nn.Module) -> dict[str, int]:
-    """{layer: dimension of its input that carries the batch} inside torch.nn's own attention, where it is not 0."""
+    """{site: dimension of its input that carries the batch} inside torch.nn's own attention, where it is not 0."""
     dims: dict[str, int] = {}
     for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
         if isinstance(module, nn.MultiheadAttention):
-            dims[f"{prefix}out_proj"] = OUT_BATCH_DIM
+            dims[join(name, "out_proj")] = OUT_BATCH_DIM
         elif isinstance(module, _TRANSFORMER_LAYERS) and not module.self_attn.batch_first:
-            dims |= {f"{prefix}linear1": 1, f"{prefix}linear2": 1}
+            dims |= {join(name, "linear1"): 1, join(name, "linear2"): 1}
     return dims
 
 
-def observed_dims(model: nn.Module, inputs: Inputs, layers: Iterable[str]) -> dict[str, int] | None:
-    """{layer: dimension of its input that carries the batch}, for dense layers whose answer is unambiguous.
+def observed_dims(
+    model: nn.Module, inputs: Inputs, layers: Iterable[str], functional: Mapping[str, Mapping[str, str]]
+) -> dict[str, int] | None:
+    """{site: dimension of its input that carries the batch}, where the answer is unambiguous.
 
     The model runs twice on shapes alone, with two and with three times the batch: the dimension that grows is the
     batch, or whole rows of it such as windows. `None` if it cannot be run like this.
+
+    Args:
+        layers: of these, dense layers and embeddings are looked at; the others say themselves where the batch is.
+        functional: products in the code of modules, see `Plan`.
     """
-    names = [name for name in layers if _takes_any_shape(model.get_submodule(name))]
-    if not names or any(is_quantized(tensor) for tensor in (*model.parameters(), *model.buffers())):
+    names = [name for name in layers if name not in functional and _takes_any_shape(model.get_submodule(name))]
+    if any(is_quantized(tensor) for tensor in (*model.parameters(), *model.buffers())):
         return None  # low-bit storage has no rule for shapes alone
+    if not names and not functional:
+        return {}
     try:
-        small, large = (_shapes(model, inputs, names, times) for times in (2, 3))
+        small, large = (_shapes(model, inputs, names, functional, times) for times in (2, 3))
     except Exception:
         return None  # control flow on values, or an operation without a rule for shapes
     found: dict[str, int] = {}
-    for name in names:
-        pairs = list(zip(small[name], large[name], strict=False))
+    for name, shapes in small.items():
+        pairs = list(zip(shapes, large[name], strict=False))
         dims = {tuple(d for d in range(len(a)) if 3 * a[d] == 2 * b[d]) for a, b in pairs if len(a) == len(b)}
         if len(dims) == 1 and len(only := dims.pop()) == 1:
             found[name] = only[0]
@@ -96,8 +104,11 @@ def _takes_any_shape(layer: nn.Module) -> bool:
     return equivalent is not None and equivalent.channel_dim == -1
 
 
-def _shapes(model: nn.Module, inputs: Inputs, names: list[str], times: int) -> dict[str, list[torch.Size]]:
-    """Shapes of what each layer gives, call by call; a dense layer's inputs have the batch where its outputs do."""
+def _shapes(
+    model: nn.Module, inputs: Inputs, names: list[str], functional: Mapping[str, Mapping[str, str]], times: int
+) -> dict[str, list[torch.Size]]:
+    """By site, call by call: shapes of what dense layers give, whose inputs have the batch where their outputs do, and
+    of what the code of modules multiplies with parameters."""
     args, kwargs = Rows(model).expand(*inputs, times)
     shapes: dict[str, list[torch.Size]] = {name: [] for name in names}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -113,10 +124,24 @@ def _shapes(model: nn.Module, inputs: Inputs, names: list[str], times: int) -> d
 
         for name in names:
             twin.get_submodule(name).register_forward_hook(watch(name))
+        for name, roles in functional.items():
+            recorders = {path: _Recorder(shapes.setdefault(site_name(name, path), [])) for path in roles}
+            watch_products(twin.get_submodule(name), recorders, roles)
         args, kwargs = (map_tensors(part, mode.from_tensor) for part in (args, kwargs))
         with evaluating(twin):
             twin(*args, **kwargs)
     return shapes
+
+
+class _Recorder(Site):
+    """Stands where a site would, and notes the shapes of what it is to perturb."""
+
+    def __init__(self, shapes: list[torch.Size]) -> None:
+        super().__init__(None, None)
+        self.shapes = shapes
+
+    def note(self, x: Tensor) -> None:
+        self.shapes.append(x.shape)
 
 
 def _shape_twin(model: nn.Module, mode: FakeTensorMode) -> nn.Module:

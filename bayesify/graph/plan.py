@@ -17,7 +17,7 @@ class Plan:
     """Layers to convert, batch norms to split by member, everything else with its reason, and how it is known.
 
     `functional` has the modules that use parameters in their own code, which are among the `layers`, too: {module:
-    {path of a parameter, with "/" for ".": roles of its dimensions}}. `batch_dims` has the layers whose inputs carry
+    {path of a parameter, with "/" for ".": roles of its dimensions}}. `batch_dims` has the sites whose inputs carry
     the batch elsewhere than in their first dimension (`unsettled`: this is still to be seen on inputs); `fused` the
     layers of torch.nn whose fused kernel would go past what is converted in them.
     """
@@ -36,14 +36,25 @@ class Plan:
         self.layers.pop(name, None)
         self.skipped.setdefault(name, reason)
 
-    def restrict(self, layers: Mapping[str, int]) -> None:
-        """Keep the given layers {name: dimension of their inputs that carries the batch}."""
-        if unknown := sorted(layers.keys() - self.layers.keys()):
+    def drop(self, name: str, weight: str, reason: str) -> None:
+        """Leave one site out, and with its last site its layer."""
+        if name not in self.functional:
+            self.skip(name, reason)
+            return
+        del self.functional[name][weight]
+        self.skipped[site_name(name, weight)] = reason
+        if not self.functional[name]:
+            del self.functional[name], self.layers[name]
+
+    def restrict(self, sites: Mapping[str, int]) -> None:
+        """Keep the given sites {name: dimension of their inputs that carries the batch}."""
+        own = {site_name(name, weight): (name, weight) for name in self.layers for weight in self.sizes(name)}
+        if unknown := sorted(sites.keys() - own.keys()):
             reason = self.skipped.get(unknown[0], "there is no such layer")
-            raise ConversionError(f"layer {unknown[0]!r} should carry factors, but cannot: {reason}.")
-        for name in self.layers.keys() - layers.keys():
-            self.skip(name, "left out when the model was first converted")
-        self.batch_dims = {name: dim for name, dim in layers.items() if dim}
+            raise ConversionError(f"{unknown[0]!r} should carry factors, but cannot: {reason}.")
+        for site in own.keys() - sites.keys():
+            self.drop(*own[site], "left out when the model was first converted")
+        self.batch_dims = {name: dim for name, dim in sites.items() if dim}
         self.unsettled = False
 
     def sites(self) -> dict[str, tuple[str, tuple[int, int]]]:

@@ -20,7 +20,7 @@ class ConversionReport:
         sizes: {site name: (input channels, output channels)}.
         tied: {site name: other names of the same parameter}; factors belong to the site, the weight stays shared.
         routes: {module name: "fx" | "export" | "swap"}, how each forward was planned.
-        batch_dims: {layer: dimension of its input that carries the batch}, where it is not the first.
+        batch_dims: {site: dimension of its input that carries the batch}, where it is not the first.
         unsettled: whether this is still to be looked at, with the inputs of the first call.
         notes: what a person should know besides.
         members: K.

@@ -8,7 +8,7 @@ from torch import nn
 from bayesify.config import Rank1Config
 from bayesify.distributions import Factor, make_factor
 from bayesify.errors import ConversionError
-from bayesify.graph.plan import Plan, join, tied_names
+from bayesify.graph.plan import Plan, join, site_name, tied_names
 from bayesify.graph.report import ConversionReport
 from bayesify.layers import (
     AdditiveSite,
@@ -110,9 +110,9 @@ def _new_sites(name: str, plan: Plan, config: Rank1Config, device: torch.device)
         has_bias = name not in plan.functional and getattr(plan.layers[name], bias_of(weight), None) is not None
         return MemberVector(config.members, size, device) if config.member_bias and has_bias else None
 
-    batch_dim = plan.batch_dims.get(name, 0)
     site = Site if config.perturbation == "multiplicative" else AdditiveSite
-    return {
-        weight: site(factor("inputs", s), factor("outputs", r), own_bias(weight, r), batch_dim)
-        for weight, (s, r) in plan.sizes(name).items()
-    }
+    made = {}
+    for weight, (s, r) in plan.sizes(name).items():
+        batch_dim = plan.batch_dims.get(site_name(name, weight), 0)
+        made[weight] = site(factor("inputs", s), factor("outputs", r), own_bias(weight, r), batch_dim)
+    return made

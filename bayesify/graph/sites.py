@@ -169,16 +169,10 @@ def _apply_patterns(plan: Plan, config: Rank1Config, candidates: list[str]) -> N
                 "Patterns are full dotted names (a name selects everything beneath it) or globs such as 'layer4.*'."
             )
     for name in list(plan.layers):
-        for weight in list(plan.functional.get(name, {})):
-            reason = _left_out(site_name(name, weight), config)
+        for weight in list(plan.functional.get(name, ["weight"])):
+            reason = _left_out(site_name(name, weight) if name in plan.functional else name, config)
             if reason is not None:
-                del plan.functional[name][weight]
-                plan.skipped[site_name(name, weight)] = reason
-        reason = _left_out(name, config) if name not in plan.functional else None
-        if reason is not None:
-            plan.skip(name, reason)
-        elif plan.functional.get(name) == {}:
-            del plan.layers[name], plan.functional[name]
+                plan.drop(name, weight, reason)
     for name in list(plan.norms):
         if _left_out(name, config) is not None:
             del plan.norms[name]
@@ -212,13 +206,13 @@ def _find_batch(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
         inputs = derive_inputs(model)
     if inputs is None and any(isinstance(layer, nn.Embedding) for layer in plan.layers.values()):
         inputs = derive_inputs(model)
-    observed = observed_dims(model, inputs, plan.layers) if inputs is not None else None
+    observed = observed_dims(model, inputs, plan.layers, plan.functional) if inputs is not None else None
     if observed is not None:
         found = observed | found
         for name in [n for n, layer in plan.layers.items() if isinstance(layer, nn.Embedding) and n not in observed]:
             plan.skip(name, "its indices do not carry the batch: they are the same for every example")
     plan.unsettled = moves and inputs is None
-    plan.batch_dims = {name: found[name] for name in plan.layers if found.get(name)}
+    plan.batch_dims = {name: found[name] for name in plan.sites() if found.get(name)}
 
 
 def matches(name: str, pattern: str) -> bool:

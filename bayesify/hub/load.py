@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bayesify.model import BayesianModel
 
 _FIELDS = {
-    "format_version", "bayesify_version", "base_model", "weights", "rank1", "layers", "task", "labels", "preprocessing",
+    "format_version", "bayesify_version", "base_model", "weights", "rank1", "sites", "task", "labels", "preprocessing",
 }  # fmt: skip
 _DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
 
@@ -89,9 +89,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise FormatError(f"{path}: field labels must be a list of names.")
     if not isinstance(content["rank1"], Mapping):
         raise FormatError(f"{path}: field rank1 must be an object.")
-    layers = content["layers"]
-    if not isinstance(layers, dict) or not all(dim in (0, 1, 2, 3) for dim in layers.values()):
-        raise FormatError(f"{path}: field layers must map names to the dimension of their inputs that is the batch.")
+    sites = content["sites"]
+    if not isinstance(sites, dict) or not all(dim in (0, 1, 2, 3) for dim in sites.values()):
+        raise FormatError(f"{path}: field sites must map names to the dimension of their inputs that is the batch.")
     content["rank1"] = Rank1Config.from_dict(content["rank1"], source=f"{path}: rank1")
     content["base_model"] = Origin.from_dict(content["base_model"], str(path))
     return content
@@ -139,7 +139,7 @@ def _convert(model: nn.Module, config: dict[str, Any], state: dict[str, Tensor],
     path = folder / WEIGHTS_FILE
     try:
         with torch.random.fork_rng(devices=[]):
-            bnn = rebuild(model, config["rank1"], config["layers"], task=config["task"])
+            bnn = rebuild(model, config["rank1"], config["sites"], task=config["task"])
     except ConversionError as error:
         raise FormatError(f"{folder / CONFIG_FILE}: does not fit the base model: {error}") from error
     try:

@@ -48,7 +48,7 @@ def save_pretrained(model: BayesianModel, folder: str | Path, *, full: bool = Fa
         "base_model": origin.to_dict(),
         "weights": "full" if base is None else "changed",
         "rank1": model.config.non_defaults(),
-        "layers": {name: model.report.batch_dims.get(name, 0) for name, _ in model.layers()},
+        "sites": {name: model.report.batch_dims.get(name, 0) for name in model.report.converted},
         "task": model.task,
         "labels": list(model.label_names),
         "preprocessing": None if model.preprocessing is None else model.preprocessing.to_dict(),

@@ -7,6 +7,7 @@ from bayesify.layers.attention import attach_unfused as attach_unfused
 from bayesify.layers.functional import Rank1Functional as Rank1Functional
 from bayesify.layers.functional import attach_functional as attach_functional
 from bayesify.layers.functional import functional_sizes as functional_sizes
+from bayesify.layers.functional import watch_products as watch_products
 from bayesify.layers.members import MemberVector as MemberVector
 from bayesify.layers.norm import MemberBatchNorm as MemberBatchNorm
 from bayesify.layers.norm import MemberNorm as MemberNorm

@@ -95,6 +95,14 @@ def attach_functional(module: nn.Module, sites: Mapping[str, Site], roles: Mappi
     replace_class(module, functional_class(type(module)), FunctionalSites(sites, roles))
 
 
+def watch_products(module: nn.Module, sites: Mapping[str, Site], roles: Mapping[str, str]) -> None:
+    """The same for a module that may have become one already; its sites are replaced."""
+    if isinstance(module, Rank1Functional):
+        module.rank1 = FunctionalSites(sites, roles)
+    else:
+        attach_functional(module, sites, roles)
+
+
 class Indices:
     """For every element of a weight, or of a view of it: its index in s and in r."""
 
@@ -156,6 +164,7 @@ class _Watched(TorchFunctionMode):
     def _apply(self, func: Any, args: Any, kwargs: Any, arguments: list[Any], operation: Operation) -> Tensor:
         x, weight = arguments[operation.x], arguments[operation.weight]
         _, site, indices = self.known[id(weight)]
+        site.note(x)
         lx, lw, ly = operation.labels
         lx = letters(lx, x.dim())
         batch = lx[site.batch_dim]

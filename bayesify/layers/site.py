@@ -44,6 +44,9 @@ class Site(nn.Module):
         """The same for y that contains its bias already: r ∘ L(s ∘ x) + (1 − r) ∘ b, exact at r = 1."""
         return y * r if bias is None else torch.addcmul(y * r, 1 - r, bias.to(y.dtype))
 
+    def note(self, x: Tensor) -> None:
+        """Called with what a product in a module's own code is about to get."""
+
     # ---------------------------------------------------------------------------- with the draw in force
 
     def scale_inputs(self, x: Tensor, dim: int = -1) -> Tensor:

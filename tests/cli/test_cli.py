@@ -72,7 +72,16 @@ def test_processes_of_their_own(tmp_path):
 
 
 def test_every_command_has_help_with_defaults():
-    assert list(COMMANDS) == ["inspect", "convert", "finetune", "evaluate", "corruptions", "predict", "generate", "push"]
+    assert list(COMMANDS) == [
+        "inspect",
+        "convert",
+        "finetune",
+        "evaluate",
+        "corruptions",
+        "predict",
+        "generate",
+        "push",
+    ]
     for name in COMMANDS:
         result = run(name, "--help")
         assert result.exit_code == 0
