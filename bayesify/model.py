@@ -122,7 +122,8 @@ class BayesianModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's own call; see the class for what comes back."""
-        self._settle(args, kwargs)
+        if self.report.unsettled:
+            self._settle(args, kwargs)
         rows = Rows(self.model)
         batch = rows.batch_size(args, kwargs)
         examples = batch
@@ -168,7 +169,8 @@ class BayesianModel(nn.Module):
             if value is not None and value < 1:
                 raise DataError(f"{name} must be at least 1; found {value}.")
         kwargs.pop("labels", None)
-        self._settle(args, kwargs)
+        if self.report.unsettled:
+            self._settle(args, kwargs)
         rows = Rows(self.model)
         batch = rows.batch_size(args, kwargs)
         chunk = min(member_chunk or self.members, self.members)
@@ -202,13 +204,12 @@ class BayesianModel(nn.Module):
 
     def _settle(self, args: Any, kwargs: Any) -> None:
         """See on the first inputs where the batch is in each layer, if nothing told at the conversion."""
-        if not self.report.unsettled:
-            return
         self.report.unsettled = False
         known = self.report.batch_dims
         layers = dict(self.layers())
         functional = {name: layer.rank1.roles for name, layer in layers.items() if isinstance(layer, Rank1Functional)}
-        found = observed_dims(self.model, (args, kwargs), layers, functional) or {}
+        observe: Any = torch.compiler.disable(observed_dims)  # it runs a copy of the network on shapes alone
+        found = observe(self.model, (args, kwargs), layers, functional) or {}
         for name, layer in layers.items():
             for weight, site in layer.rank1.items():
                 path = site_name(name, weight)

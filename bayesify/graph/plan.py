@@ -55,7 +55,7 @@ class Plan:
         for site in own.keys() - sites.keys():
             self.drop(*own[site], "left out when the model was first converted")
         self.batch_dims = {name: dim for name, dim in sites.items() if dim}
-        self.unsettled = False
+        self.unsettled = self.unsettled and not self.batch_dims
 
     def sites(self) -> dict[str, tuple[str, tuple[int, int]]]:
         """{site name: (kind, (input channels, output channels))}."""

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from bayesify.config import Rank1Config
 from bayesify.errors import ConversionError
-from bayesify.graph.capture import capture, forward_names, is_tensor_input, linear_uses
+from bayesify.graph.capture import capture, forward_names, is_tensor_input, linear_uses, moves_first_dimension
 from bayesify.graph.export import export_uses
 from bayesify.graph.inputs import Inputs, derive_inputs
 from bayesify.graph.layout import known_dims, may_move_batch, observed_dims
@@ -95,6 +95,7 @@ def _read_graphs(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
             untraced.append(name)
             suspicious = suspicious or _may_read_weights(module)
             continue
+        plan.unsettled = plan.unsettled or moves_first_dimension(graph)
         parameter_of = _parameter_of(name, parameters)
         uses, constant_calls = linear_uses(graph.nodes, parameter_of, is_tensor_input)
         for use in uses:
@@ -211,7 +212,7 @@ def _find_batch(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
         found = observed | found
         for name in [n for n, layer in plan.layers.items() if isinstance(layer, nn.Embedding) and n not in observed]:
             plan.skip(name, "its indices do not carry the batch: they are the same for every example")
-    plan.unsettled = moves and inputs is None
+    plan.unsettled = (moves or plan.unsettled) and inputs is None
     plan.batch_dims = {name: found[name] for name in plan.sites() if found.get(name)}
 
 
