@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bayesify.cli.models import device_of
-from bayesify.cli.options import BatchSize, Device, DrawSeed, Samples, TrustRemoteCode
+from bayesify.cli.options import AsJson, BatchSize, Device, DrawSeed, Samples, TrustRemoteCode
 from bayesify.errors import DataError, FormatError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def generate(
     num_beams: Annotated[int, typer.Option(min=1, help="Beams of beam search; 1 is none.")] = 1,
     samples: Samples = None,
     doubt: Annotated[DoubtName, typer.Option(help="What the colors show.")] = DoubtName.ENTROPY,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=False)] = False,
+    as_json: AsJson = False,
     batch_size: BatchSize = 8,
     seed: DrawSeed = 0,
     device: Device = None,

@@ -54,6 +54,7 @@ Samples = Annotated[
 MemberChunk = Annotated[
     int | None, typer.Option(help="Members computed at a time, to save memory; the default is all.", show_default=False)
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=False)]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples of one forward pass.")]
 DrawSeed = Annotated[int, typer.Option(help="Of the draws.")]
 Device = Annotated[

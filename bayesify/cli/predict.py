@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bayesify.cli.models import device_of, load_with_inputs
-from bayesify.cli.options import AnyModel, BatchSize, Device, DrawSeed, MemberChunk, Samples, TrustRemoteCode
+from bayesify.cli.options import AnyModel, AsJson, BatchSize, Device, DrawSeed, MemberChunk, Samples, TrustRemoteCode
 from bayesify.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def predict(
     sort_uncertain: Annotated[
         bool, typer.Option("--sort-uncertain", help="Most uncertain first (by entropy).", show_default=False)
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=False)] = False,
+    as_json: AsJson = False,
     as_text: Annotated[
         bool,
         typer.Option("--text", help="Read every INPUT as a text, even if a file has that name.", show_default=False),

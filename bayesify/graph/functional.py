@@ -12,8 +12,6 @@ from bayesify.graph.capture import ParameterOf, operation_name
 from bayesify.layers.functional import SAME, VIEWS
 from bayesify.layers.operations import Operation, arguments_of, operation_of
 
-_PROPERTIES = {"T": "T", "mT": "mT", "numpy_T": "T"}
-
 
 class UnsupportedError(Exception):
     """A product that factors cannot go around; the message is the reason, for the report."""
@@ -65,13 +63,10 @@ def _indices(node: fx.Node, parameter_of: ParameterOf, shapes: Mapping[str, torc
     if not isinstance(source, fx.Node):
         raise UnsupportedError("made of several parameters")
     indices = _indices(source, parameter_of, shapes)
-    operation = operation_name(node).strip("_")
-    if node.op == "call_function" and node.target is getattr:
-        operation = str(others[0])
+    is_property = node.op == "call_function" and node.target is getattr
+    operation = str(others[0]) if is_property else operation_name(node).strip("_")
     if operation in SAME:
         return indices
-    if operation in _PROPERTIES:
-        return [getattr(index, _PROPERTIES[operation]) for index in indices]
     symbolic = any(isinstance(value, fx.Node) for value in (*others, *node.kwargs.values()))
     if operation not in VIEWS or symbolic:
         raise UnsupportedError(f"changed by {operation} before it is used")

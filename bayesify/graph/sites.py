@@ -77,7 +77,6 @@ def _collect_layers(model: nn.Module, plan: Plan, config: Rank1Config) -> None:
             plan.layers[name] = module
             if not equivalent.children_apart:
                 converted.append(name)
-            continue
 
 
 def _read_graphs(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
@@ -98,6 +97,8 @@ def _read_graphs(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
         plan.unsettled = plan.unsettled or moves_first_dimension(graph)
         parameter_of = _parameter_of(name, parameters)
         uses, constant_calls = linear_uses(graph.nodes, parameter_of, is_tensor_input)
+        if uses:
+            found.note_calls(name, graph)
         for use in uses:
             found.add(name, use, parameter_of)
         called = [join(name, str(call.target)) for call in constant_calls]
@@ -202,10 +203,8 @@ def _settle_attention(model: nn.Module, plan: Plan) -> None:
 def _find_batch(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
     """Which dimension of each layer's input carries the batch, where it may not be the first."""
     found = known_dims(model)
-    moves = may_move_batch(model)
-    if inputs is None and moves:
-        inputs = derive_inputs(model)
-    if inputs is None and any(isinstance(layer, nn.Embedding) for layer in plan.layers.values()):
+    moves = inputs is None and may_move_batch(model)
+    if moves or (inputs is None and any(isinstance(layer, nn.Embedding) for layer in plan.layers.values())):
         inputs = derive_inputs(model)
     observed = observed_dims(model, inputs, plan.layers, plan.functional) if inputs is not None else None
     if observed is not None:

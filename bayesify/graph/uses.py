@@ -24,10 +24,13 @@ class Uses:
         self.refused: dict[str, str] = {}
         """{parameter: reason}."""
 
+    def note_calls(self, owner: str, graph: fx.Graph) -> None:
+        """Note which layers the forward of `owner` calls."""
+        self.callers |= {join(owner, str(node.target)) for node in graph.nodes if node.op == "call_module"}
+
     def add(self, owner: str, use: Use, parameter_of: ParameterOf) -> None:
         """Note an operation that the forward of `owner` runs, by any of its names."""
         owner = self.names.get(owner, owner)
-        self.callers |= {join(owner, str(node.target)) for node in use.node.graph.nodes if node.op == "call_module"}
         for weight, parameters in use.weights.items():
             for parameter in parameters:
                 if not self._of_the_layer_itself(parameter, owner):

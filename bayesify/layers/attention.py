@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesify.layers.linear import fold_matrix
-from bayesify.layers.registry import Rank1Layer, Rewritten, blank, original_class, rank1, replace_class
+from bayesify.layers.registry import Derived, Rank1Layer, derived_class, rank1, replace_class
 from bayesify.layers.site import Site
 
 OUT_BATCH_DIM = 1
@@ -149,15 +148,14 @@ FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 """Layers that, outside of training, may read their children's weights in one fused kernel without calling them."""
 
 
-class Unfused(Rewritten):
+class Unfused(Derived):
     """A layer of torch.nn with its fused kernel turned off, so that its children are called."""
+
+    prefix = "Unfused"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with _no_fast_path():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return blank, (unfused_class, original_class(type(self))), self.__dict__
 
 
 @contextmanager
@@ -170,12 +168,6 @@ def _no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-@cache
-def unfused_class(cls: type[nn.Module]) -> type[Unfused]:
-    """The class that a layer with a fused kernel becomes."""
-    return type(f"Unfused{cls.__name__}", (Unfused, cls), {"__module__": __name__})
-
-
 def attach_unfused(layer: nn.Module) -> None:
     """Turn the fused kernel of a layer off, in place."""
-    replace_class(layer, unfused_class(type(layer)), nn.Module())
+    replace_class(layer, derived_class(Unfused, type(layer)), nn.Module())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -18,18 +17,17 @@ from torch.overrides import TorchFunctionMode
 
 from bayesify.errors import BayesifyError, ConversionError
 from bayesify.layers.operations import Operation, arguments_of, arranged, letters, operation_of, with_argument
-from bayesify.layers.registry import Rank1Layer, blank, original_class, replace_class
+from bayesify.layers.registry import Derived, Rank1Layer, derived_class, replace_class
 from bayesify.layers.site import AdditiveSite, Site, repeat_rows
 
 VIEWS = {
     "getitem", "t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "view", "reshape", "flatten",
     "unflatten", "squeeze", "unsqueeze", "chunk", "split", "split_with_sizes", "unbind", "narrow", "select", "slice",
-    "view_as", "tensor_split", "index_select",
+    "view_as", "tensor_split", "index_select", "T", "mT", "numpy_T",
 }  # fmt: skip
 """Operations that only rearrange a weight."""
 SAME = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "detach", "clone", "alias"}
 """Operations that keep every element of a weight where it is."""
-_PROPERTIES = {"T", "mT"}
 
 
 class FunctionalSites(nn.ModuleDict):
@@ -40,8 +38,10 @@ class FunctionalSites(nn.ModuleDict):
         self.roles = dict(roles)
 
 
-class Rank1Functional(Rank1Layer):
-    """A module that multiplies with parameters by itself. Its class is made by `functional_class`."""
+class Rank1Functional(Derived, Rank1Layer):
+    """A module that multiplies with parameters by itself."""
+
+    prefix = "Rank1"
 
     rank1: FunctionalSites  # type: ignore[assignment]
     children_apart: ClassVar[bool] = True
@@ -70,15 +70,6 @@ class Rank1Functional(Rank1Layer):
                 weight = weight * vector.to(weight.dtype).view(shape)
         return weight
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return blank, (functional_class, original_class(type(self))), self.__dict__
-
-
-@cache
-def functional_class(cls: type[nn.Module]) -> type[Rank1Functional]:
-    """The class that a module with linear maps in its own code becomes."""
-    return type(f"Rank1{cls.__name__}", (Rank1Functional, cls), {"__module__": __name__})
-
 
 def functional_sizes(module: nn.Module, roles: Mapping[str, str]) -> dict[str, tuple[int, int]]:
     """{path of a parameter: (input channels, output channels)} for the roles of the dimensions of each."""
@@ -92,7 +83,7 @@ def functional_sizes(module: nn.Module, roles: Mapping[str, str]) -> dict[str, t
 
 def attach_functional(module: nn.Module, sites: Mapping[str, Site], roles: Mapping[str, str]) -> None:
     """Turn a module into one that puts factors around the products with its parameters, in place."""
-    replace_class(module, functional_class(type(module)), FunctionalSites(sites, roles))
+    replace_class(module, derived_class(Rank1Functional, type(module)), FunctionalSites(sites, roles))
 
 
 def watch_products(module: nn.Module, sites: Mapping[str, Site], roles: Mapping[str, str]) -> None:
@@ -200,7 +191,5 @@ def name_of(func: Any) -> str:
     """`matmul` for torch.matmul, the method and the operator; `T` for the property."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
-        owner = getattr(func, "__self__", None)
-        name = getattr(owner, "__name__", "")
-        return "transpose" if name in _PROPERTIES else name
+        name = getattr(getattr(func, "__self__", None), "__name__", "")
     return name.strip("_")

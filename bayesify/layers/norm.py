@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bayesify.added import Held
 from bayesify.errors import BayesifyError
 from bayesify.layers.members import MemberVector
-from bayesify.layers.registry import Rewritten, blank, original_class, replace_class
+from bayesify.layers.registry import Derived, derived_class, replace_class
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -52,10 +51,11 @@ class MemberNorm(Held):
                 own.copy_(getattr(layer, name).expand_as(own))
 
 
-class MemberBatchNorm(Rewritten):
+class MemberBatchNorm(Derived):
     """A batch norm whose rows, member-major, are normalized member by member by the layer's own forward."""
 
     rank1: MemberNorm  # type: ignore[assignment]
+    prefix = "Member"
 
     def forward(self, input: Tensor) -> Tensor:
         members = self.rank1.computed
@@ -116,16 +116,7 @@ class MemberBatchNorm(Rewritten):
         if shared and not any(key.startswith(f"{prefix}rank1.") for key in state_dict):
             self.rank1.reset(self)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return blank, (member_norm_class, original_class(type(self))), self.__dict__
-
-
-@cache
-def member_norm_class(cls: type[nn.Module]) -> type[MemberBatchNorm]:
-    """The class that a batch norm layer becomes."""
-    return type(f"Member{cls.__name__}", (MemberBatchNorm, cls), {"__module__": __name__})
-
 
 def attach_norm(layer: _BatchNorm, members: int) -> None:
     """Give each member its own state of a batch norm, in place."""
-    replace_class(layer, member_norm_class(type(layer)), MemberNorm(layer, members))
+    replace_class(layer, derived_class(MemberBatchNorm, type(layer)), MemberNorm(layer, members))

@@ -31,6 +31,28 @@ class Rewritten(nn.Module):
     rank1: nn.Module
 
 
+class Derived(Rewritten):
+    """Base of families that make a class for each class of layer, when needed: see `derived_class`."""
+
+    prefix: ClassVar[str]
+    """Of the name of the class."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _blank, (type(self).__bases__[0], original_class(type(self))), self.__dict__
+
+
+@cache
+def derived_class(family: type[Derived], cls: type[nn.Module]) -> type[Derived]:
+    """The class that a layer of class `cls` becomes."""
+    return type(f"{family.prefix}{cls.__name__}", (family, cls), {"__module__": __name__})
+
+
+def _blank(family: type[Derived], cls: type[nn.Module]) -> Derived:
+    """A layer for pickle to fill, which does not find classes by name that are made when needed."""
+    derived = derived_class(family, cls)
+    return derived.__new__(derived)
+
+
 class Rank1Layer(Rewritten):
     """Base of every rank-1 layer: y = r ∘ L(s ∘ x) + (1 − r) ∘ b around the layer's own forward.
 
@@ -192,12 +214,6 @@ def detach(layer: Rewritten) -> None:
     """Turn a rewritten layer back into the layer it was, in place."""
     layer.__class__ = original_class(type(layer))  # type: ignore[assignment]
     del layer.rank1
-
-
-def blank(factory: Callable[[type[nn.Module]], type[Rewritten]], original: type[nn.Module]) -> Rewritten:
-    """A layer for pickle to fill, of a class that is made when needed and that pickle does not find by name."""
-    equivalent = factory(original)
-    return equivalent.__new__(equivalent)
 
 
 def original_class(cls: type[Rewritten]) -> type[nn.Module]:

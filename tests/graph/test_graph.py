@@ -264,16 +264,6 @@ def test_constants_of_a_container_say_nothing_of_its_layers() -> None:
 # ------------------------------------------------------------------------------------------------ attention of torch.nn
 
 
-class Attention(nn.Module):
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.attention(x, x, x)[0])
-
-
 def test_layers_of_torch_transformers_are_sites() -> None:
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3))
     bnn = bayesify(model, members=2, example_inputs=torch.randn(2, 5, 8))
