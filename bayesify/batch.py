@@ -6,7 +6,6 @@ Member-major everywhere: row k·B + i is member k, example i. Labels are expande
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from bayesify.errors import DataError
-from bayesify.predictive import Task
+from bayesify.tasks import TASKS, TaskName, resolve_task
 
 _SHARED_INPUTS = {"cache_position"}
 """Inputs that never carry the batch, whatever their length."""
@@ -25,6 +24,8 @@ _PACKED_INPUTS = {
     "second_per_grid_ts", "pixel_values_list", "spatial_shapes",
 }  # fmt: skip
 """Images of vision–language models: those of all examples one after the other, however many each has."""
+_LOGITS = {"logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits"}
+"""Outputs that the task of a model is about; all others are averaged."""
 _PAIRWISE_OUTPUTS = {"logits_per_image", "logits_per_text", "logits_per_video", "logits_per_audio"}
 """Similarities [B, B] of contrastive models: of K·B by K·B, only those within a member have a meaning."""
 
@@ -63,12 +64,18 @@ class Rows:
     def _expanded(self, name: str, value: Any, batch: int, members: int) -> Any:
         if name in _SHARED_INPUTS:
             return value
+        if name == "num_items_in_batch" and value is not None:
+            return value * members  # what transformers' Trainer divides a sum over all rows by
+        if isinstance(value, list) and name.endswith("labels") and len(value) == batch:
+            return value * members  # the objects or the masks of each image
         packed = name in _PACKED_INPUTS and name != self.main
         dim = self._dim(name)
         return map_tensors(value, lambda t: _repeat(t, t.shape[0] if packed else batch, members, dim))
 
-    def reduce(self, output: Any, members: int, batch: int, task: Task | None) -> Any:
+    def reduce(self, output: Any, members: int, batch: int, task: TaskName | None) -> Any:
         """Average an output of K·B rows over members, in its own type: log of the mean probability as logits."""
+        if task == "members":
+            return output
         if self.recurrent:
             first = map_tensors(output[0], lambda t: _mean(t, members, self.input_dim))
             return first, map_tensors(output[1], lambda t: _mean(t, members, 1))
@@ -77,7 +84,8 @@ class Rows:
     def outputs(self, output: Any) -> Tensor:
         """The tensor that predictions are made of: `logits` where there are any, otherwise the first tensor.
 
-        It carries the batch in `input_dim`; a packed sequence is padded.
+        It carries the batch in `input_dim`; a packed sequence is padded. Question answering gives [B, 2, T]: where
+        the answer starts and where it ends, each one of T tokens.
         """
         if self.recurrent:
             first = output[0]
@@ -85,6 +93,8 @@ class Rows:
             return pad_packed_sequence(first, batch_first)[0] if isinstance(first, PackedSequence) else first
         if _has_logits(output):
             return output["logits"] if isinstance(output, Mapping) else output.logits
+        if isinstance(output, Mapping) and "start_logits" in output and "end_logits" in output:
+            return torch.stack([output["start_logits"], output["end_logits"]], 1)
         for leaf in _leaves(output):
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
                 return leaf
@@ -92,19 +102,6 @@ class Rows:
 
     def _dim(self, name: int | str) -> int:
         return 1 if self.recurrent and name in (1, "hx") else self.input_dim
-
-
-def resolve_task(output: Tensor, task: Task | None) -> Task:
-    """Without a given task, [B, C] with several columns are logits of classes; anything else is averaged."""
-    if task is not None:
-        return task
-    return "classification" if output.dim() == 2 and output.shape[-1] > 1 else "regression"
-
-
-def mean_log_probs(logits: Tensor, members: int) -> Tensor:
-    """log (1/K Σ_k softmax(logits_k)) for logits [K·B, ..., C], in float32 and back."""
-    log_probs = logits.unflatten(0, (members, -1)).float().log_softmax(-1)
-    return (log_probs.logsumexp(0) - math.log(members)).to(logits.dtype)
 
 
 def map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
@@ -151,7 +148,7 @@ def _mean(value: Any, members: int, dim: int) -> Any:
     return value.unflatten(dim, (members, -1)).float().mean(dim).to(value.dtype)
 
 
-def _reduce(output: Any, members: int, batch: int, task: Task | None, named_logits: bool) -> Any:
+def _reduce(output: Any, members: int, batch: int, task: TaskName | None, named_logits: bool) -> Any:
     def tensor(value: Any, name: str | None) -> Any:
         if isinstance(value, PackedSequence):
             return _mean(value, members, 0)
@@ -161,10 +158,9 @@ def _reduce(output: Any, members: int, batch: int, task: Task | None, named_logi
             return value
         if not value.is_floating_point():
             return value[:batch]
-        is_logits = name == "logits" or (name is None and not named_logits)
-        if is_logits and resolve_task(value, task) == "classification":
-            return mean_log_probs(value, members)
-        return _mean(value, members, 0)
+        if name not in _LOGITS and (name is not None or named_logits):
+            return _mean(value, members, 0)
+        return TASKS[resolve_task(value, task)].mixture(value.unflatten(0, (members, -1))).to(value.dtype)
 
     def named(fields: Mapping[str, Any]) -> dict[str, Any]:
         return {name: map_tensors(value, lambda t, n=name: tensor(t, n)) for name, value in fields.items()}
@@ -182,11 +178,6 @@ def _reduce(output: Any, members: int, batch: int, task: Task | None, named_logi
 def diagonal_blocks(value: Tensor, members: int) -> list[Tensor]:
     """The [B, B] blocks of each member with itself in [K·B, K·B]."""
     return [block.chunk(members, 1)[k] for k, block in enumerate(value.chunk(members))]
-
-
-def expand_rows(value: Tensor, members: int) -> Tensor:
-    """[B, ...] -> [K·B, ...], member-major."""
-    return value if members == 1 else torch.cat([value] * members)
 
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:

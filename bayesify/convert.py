@@ -12,14 +12,14 @@ from bayesify.errors import ConfigError, ConversionError
 from bayesify.graph import ConversionReport, Plan, as_inputs, audit, find_sites, report_on, swap
 from bayesify.layers import Rank1Layer
 from bayesify.model import BayesianModel
-from bayesify.predictive import Task
+from bayesify.tasks import TASKS, TaskName, task_of
 
 
 def bayesify(
     model: nn.Module,
     config: Rank1Config | None = None,
     *,
-    task: Task | None = None,
+    task: TaskName | None = None,
     example_inputs: Any = None,
     **options: Any,
 ) -> BayesianModel:
@@ -30,14 +30,17 @@ def bayesify(
     Args:
         model: any `nn.Module`.
         config: the options; or give them as keywords: ``bayesify(model, members=4, noise="member")``.
-        task: how outputs are read, see `BayesianModel`; by default from the model's config or its output.
+        task: how outputs are read, see `BayesianModel.task`; by default from the model's config or its output.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments. With them the result is
             checked: at factors of 1 each member must reproduce the network, every site must be reached, and no
             example may see another's factors.
 
     Raises:
         ConversionError: nothing to convert, a pattern without a match, or a failed check. The model is unchanged.
+        ConfigError: an unknown option or task.
     """
+    if task is not None and task not in TASKS:
+        raise ConfigError(f"task must be one of {', '.join(TASKS)}; found {task!r}.")
     if not isinstance(model, nn.Module):
         raise ConversionError(f"expected a torch.nn.Module; found {type(model).__name__}.")
     config = _config(config, options)
@@ -50,7 +53,7 @@ def bayesify(
 
 
 def rebuild(
-    model: nn.Module, config: Rank1Config, sites: Mapping[str, int], *, task: Task | None = None
+    model: nn.Module, config: Rank1Config, sites: Mapping[str, int], *, task: TaskName | None = None
 ) -> BayesianModel:
     """Convert as it was done before: the given sites and no others, with the batch in the given dimensions.
 
@@ -63,7 +66,7 @@ def rebuild(
     return _swapped(model, plan, config, task)
 
 
-def _swapped(model: nn.Module, plan: Plan, config: Rank1Config, task: Task | None) -> BayesianModel:
+def _swapped(model: nn.Module, plan: Plan, config: Rank1Config, task: TaskName | None) -> BayesianModel:
     report = report_on(model, plan, config)
     swap(plan, config)
     bnn = BayesianModel(model, config, report, task or task_of(model))
@@ -79,22 +82,6 @@ def inspect(
     _check_plain(model)
     inputs = None if example_inputs is None else as_inputs(example_inputs)
     return report_on(model, find_sites(model, config, inputs), config)
-
-
-def task_of(model: nn.Module) -> Task | None:
-    """What transformers and timm say their model does; `None` for any other model."""
-    config = getattr(model, "config", None)
-    if isinstance(getattr(model, "main_input_name", None), str) and config is not None:
-        if getattr(config, "problem_type", None) == "regression":
-            return "regression"
-        single = type(model).__name__.endswith(("SequenceClassification", "ImageClassification"))
-        if single and getattr(config, "num_labels", 2) == 1:
-            return "regression"
-        heads = ("Classification", "LMHeadModel", "CausalLM", "MaskedLM", "ConditionalGeneration", "MultipleChoice")
-        return "classification" if type(model).__name__.endswith(heads) else "regression"
-    if isinstance(getattr(model, "pretrained_cfg", None), dict):
-        return "classification" if getattr(model, "num_classes", 0) else "regression"
-    return None
 
 
 def _config(config: Rank1Config | None, options: dict[str, Any]) -> Rank1Config:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesify.added import Added, Held
-from bayesify.batch import Rows, resolve_task
+from bayesify.batch import Rows
 from bayesify.config import Rank1Config
 from bayesify.distributions import CLIP, Factor, kl_divergence
 from bayesify.errors import BayesifyError, ConversionError, DataError
@@ -32,7 +32,8 @@ from bayesify.layers import (
     original_class,
 )
 from bayesify.modes import evaluating
-from bayesify.predictive import Predictive, Task
+from bayesify.predictive import Predictive
+from bayesify.tasks import TaskName, resolve_task
 
 if TYPE_CHECKING:
     from bayesify.data import Preprocessing
@@ -57,7 +58,10 @@ class BayesianModel(nn.Module):
             computes with the average of the members' factors.
         config: the options of the conversion.
         report: what was converted and what was not.
-        task: "classification", "regression" (outputs are averaged) or None (decided by the output's shape).
+        task: how outputs are read, `bayesify.tasks`: "classification", "segmentation" (classes in dimension 1),
+            "multilabel", "regression" (outputs are averaged), "gaussian" (means and log variances), "members" (no
+            mixture is defined, as of sets of objects: a call gives K·B rows in eval mode, too), or None (decided by
+            the output's shape).
         expansion: in training, "replicate" shows every example to every member; "partition" gives each member
             B/K of the rows, in order, without repeating anything.
         origin, label_names, preprocessing: where the network came from, its classes and how its inputs are made;
@@ -68,13 +72,13 @@ class BayesianModel(nn.Module):
     preprocessing: Preprocessing | None
 
     def __init__(
-        self, model: nn.Module, config: Rank1Config, report: ConversionReport, task: Task | None = None
+        self, model: nn.Module, config: Rank1Config, report: ConversionReport, task: TaskName | None = None
     ) -> None:
         super().__init__()
         self.model = model
         self.config = config
         self.report = report
-        self.task: Task | None = task
+        self.task: TaskName | None = task
         self.expansion: Expansion = "replicate"
         self.origin = None
         self.label_names: list[str] = []
@@ -184,9 +188,7 @@ class BayesianModel(nn.Module):
                 for key in keys
             ]
         outputs = torch.stack(draws, 1)
-        if outputs.dim() == 3:
-            outputs = outputs.unsqueeze(-1)
-        return Predictive(outputs, resolve_task(outputs[0, 0], self.task))
+        return Predictive.of(outputs, resolve_task(outputs[0, 0], self.task))
 
     def _outputs(self, rows: Rows, args: Any, kwargs: Any, batch: int, members: slice, key: Any) -> Tensor:
         """[k, B, ...] outputs of some members for one draw."""

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from bayesify.batch import Rows, expand_rows, mean_log_probs, resolve_task
+from bayesify.batch import Rows
 from bayesify.errors import ConfigError, DataError
 from bayesify.model import BayesianModel
-from bayesify.predictive import check_labels
+from bayesify.tasks import TASKS, TaskName, resolve_task
 
 Likelihood = Literal["average", "mixture"]
 
@@ -94,38 +93,28 @@ class ELBO:
                     "their average; use likelihood='average'."
                 )
             return loss
-        logits = Rows(self.model.model).outputs(output).float()
+        outputs = Rows(self.model.model).outputs(output)
         members = self.model.members
         partitioned = self.model.expansion == "partition"
-        if logits.shape[0] != targets.shape[0] * (1 if partitioned else members):
+        if outputs.shape[0] != targets.shape[0] * (1 if partitioned else members):
             raise DataError(
-                f"outputs of {logits.shape[0]} rows do not fit {targets.shape[0]} targets and {members} members "
+                f"outputs of {outputs.shape[0]} rows do not fit {targets.shape[0]} targets and {members} members "
                 f"({'partitioned' if partitioned else 'replicated'})."
             )
-        average = self.likelihood == "average" or members == 1
-        if not average and partitioned:
+        if self.likelihood == "mixture" and members > 1 and partitioned:
             raise ConfigError("likelihood='mixture' needs every member to see every example; use expand='replicate'.")
-        if resolve_task(logits, self.model.task) == "regression":
-            target = targets if partitioned else expand_rows(targets, members)
-            error = (logits - target.view_as(logits).float()).square()
-            return unit_normal_nll(error.mean() if average else _mixture_error(error, members))
-        check_labels(targets, logits.shape[-1])
-        if average:
-            target = targets if partitioned else expand_rows(targets, members)
-            return F.cross_entropy(logits.flatten(0, -2), target.flatten())
-        return F.nll_loss(mean_log_probs(logits, members).flatten(0, -2), targets.flatten())
+        return task_nll(
+            outputs, targets, self.model.task, members=1 if partitioned else members, likelihood=self.likelihood
+        )
 
 
-def _mixture_error(error: Tensor, members: int) -> Tensor:
-    """The squared error, a scalar, with which one unit normal would have the likelihood of the members' mixture.
-
-    error: [K·B, ...] squared errors. The mixture is over whole members, its log-likelihood a mean over outputs.
-    """
-    outputs = error[0].numel()
-    log_likelihood = -error.reshape(members, -1, outputs).sum(-1) / 2
-    return -2 * (log_likelihood.logsumexp(0) - math.log(members)).mean() / outputs
-
-
-def unit_normal_nll(squared_error: Tensor) -> Tensor:
-    """−log N(y; ŷ, 1) in nats, for a mean squared error: the likelihood of regression."""
-    return squared_error / 2 + 0.5 * math.log(2 * math.pi)
+def task_nll(
+    outputs: Tensor, targets: Tensor, task: TaskName | None, *, members: int = 1, likelihood: Likelihood = "average"
+) -> Tensor:
+    """Mean NLL, a scalar in nats, of the target values that count, from a network's own outputs of members·B rows."""
+    reading = TASKS[resolve_task(outputs, task)]
+    rows = reading.arranged(outputs).unflatten(0, (members, -1))
+    rows = reading.fitted(rows, targets)
+    log_prob = reading.log_prob(rows, targets)
+    mixed = log_prob.mean(0) if likelihood == "average" else log_prob.logsumexp(0) - math.log(members)
+    return -mixed.sum() / reading.count(targets).to(mixed.device)

@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bayesify.errors import DataError
-
-Task = Literal["classification", "regression"]
+from bayesify.tasks import TASKS, Gaussian, TaskName
 
 
 @dataclass(frozen=True)
@@ -23,14 +21,20 @@ class Predictive:
     """What K members with S samples each say about B examples.
 
     Args:
-        outputs: [K, S, B, ..., C] raw network outputs: logits, or values for regression.
-        task: how the outputs are read.
+        outputs: [K, S, B, ..., C] raw network outputs: logits of classes, always last; logits of labels; values; or
+            means and log variances, one after the other in the last dimension.
+        task: "classification" (also of tokens and pixels), "multilabel", "regression" or "gaussian".
 
-    `probs`, `entropy` and `mutual_information` exist for classification, `mean` and `variance` for regression.
+    | task | what there is |
+    | --- | --- |
+    | classification | `probs` [B, ..., C]; `entropy`, `mutual_information` [B, ...] |
+    | multilabel | `probs`, `entropy`, `mutual_information` [B, L], of each label by itself |
+    | regression | `mean`, `variance`, `epistemic_variance` [B, D] |
+    | gaussian | the same and `aleatoric_variance` [B, D] |
     """
 
     outputs: Tensor
-    task: Task = "classification"
+    task: TaskName = "classification"
 
     def __post_init__(self) -> None:
         if self.outputs.dim() < 4:
@@ -38,13 +42,31 @@ class Predictive:
                 f"Predictive needs outputs shaped [members, samples, examples, ..., classes]; "
                 f"found {tuple(self.outputs.shape)}."
             )
+        if self.task in ("segmentation", "members"):
+            raise DataError(f"Predictive holds no outputs of the task {self.task!r}; `Predictive.of` arranges them.")
 
     def __len__(self) -> int:
         return self.outputs.shape[2]
 
+    @classmethod
+    def of(cls, outputs: Tensor, task: TaskName) -> Predictive:
+        """Of outputs [K, S, B, ...] as the network gives them, for any of its tasks."""
+        if outputs.dim() == 3:
+            outputs = outputs.unsqueeze(-1)
+        arranged = TASKS[task].arranged(outputs.flatten(0, 2)).unflatten(0, outputs.shape[:3])
+        return cls(arranged, "classification" if task == "segmentation" else task)
+
+    @property
+    def binary(self) -> Predictive:
+        """Of several labels: each label as a classification of two classes, [K, S, B, L, 2]."""
+        self._needs("multilabel")
+        return Predictive(torch.stack([torch.zeros_like(self.outputs), self.outputs], -1))
+
     @property
     def member_log_probs(self) -> Tensor:
         """[K, S, B, C] log-probabilities of each member and sample."""
+        if self.task == "multilabel":
+            return torch.nn.functional.logsigmoid(self.outputs.float())
         self._needs("classification")
         return self.outputs.float().log_softmax(-1)
 
@@ -66,43 +88,68 @@ class Predictive:
 
     @property
     def entropy(self) -> Tensor:
-        """[B] total uncertainty H[mean p], in nats."""
+        """[B] total uncertainty H[mean p], in nats; [B, L] for several labels."""
+        if self.task == "multilabel":
+            return self.binary.entropy
         return _entropy(self.log_probs)
 
     @property
     def mutual_information(self) -> Tensor:
         """[B] disagreement H[mean p] − mean H[p] ≥ 0, in nats: what the members do not know together."""
+        if self.task == "multilabel":
+            return self.binary.mutual_information
         return (self.entropy - _entropy(self.member_log_probs).mean((0, 1))).clamp_min(0.0)
 
     @property
     def mean(self) -> Tensor:
-        """[B, C] mean of the outputs (regression)."""
-        self._needs("regression")
-        return self.outputs.float().mean((0, 1))
+        """[B, D] mean of the mixture (regression)."""
+        return self._moments[0].mean((0, 1))
 
     @property
     def variance(self) -> Tensor:
-        """[B, C] variance of the outputs over members and samples (regression): the epistemic part."""
-        self._needs("regression")
-        return self.outputs.float().var((0, 1), unbiased=False)
+        """[B, D] variance of the mixture (regression): the epistemic part and, if the network tells it, the aleatoric.
+
+        Var[y] = Var_ks[mean_ks] + mean_ks[variance_ks]  (law of total variance)
+        """
+        if self.task == "gaussian":
+            return self.epistemic_variance + self.aleatoric_variance
+        return self.epistemic_variance
+
+    @property
+    def epistemic_variance(self) -> Tensor:
+        """[B, D] variance of the means over members and samples: what more data would take away."""
+        return self._moments[0].var((0, 1), unbiased=False)
+
+    @property
+    def aleatoric_variance(self) -> Tensor:
+        """[B, D] mean variance that members and samples tell: the noise of the data (task "gaussian")."""
+        self._needs("gaussian")
+        return self._moments[1].mean((0, 1))
+
+    def fitted(self, targets: Tensor) -> Predictive:
+        """The same at the targets' resolution: logits of pixels are resized bilinearly, as transformers' losses do.
+
+        Raises:
+            DataError: targets of another shape or type, or out of range.
+        """
+        outputs = TASKS[self.task].fitted(self.outputs.flatten(0, 1), targets)
+        return Predictive(outputs.unflatten(0, self.outputs.shape[:2]), self.task)
 
     def log_prob(self, targets: Tensor) -> Tensor:
-        """[B] log-probability, in nats, that the mixture gives the integer class `targets` [B]."""
-        log_probs = self.log_probs
-        if targets.shape != log_probs.shape[:-1] or targets.is_floating_point():
-            raise DataError(
-                f"targets must be integer classes of shape {tuple(log_probs.shape[:-1])}; "
-                f"found {targets.dtype} of shape {tuple(targets.shape)}."
-            )
-        check_labels(targets, log_probs.shape[-1])
-        return log_probs.gather(-1, targets.to(log_probs.device).unsqueeze(-1)).squeeze(-1)
+        """Log-likelihood, in nats, of `targets` under the mixture; 0 for labels of −100, which do not count.
+
+        [B, ...] of integer classes [B, ...]; [B, L] of labels [B, L] in {0, 1}; [B] of values [B, D], under the mixture
+        of normals or, for a regression without variances, a normal of variance 1 around the mean.
+        """
+        return TASKS[self.task].mixture_log_prob(self.fitted(targets).outputs.flatten(0, 1), targets)
 
     def nll(self, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of the mixture, a scalar in nats: the mean of `-log_prob(targets)`.
+        """Negative log-likelihood of the mixture, a scalar in nats: the mean over the targets that count.
 
         NLL = −mean_b log (1/(S K)) Σ_{s,k} p(y_b | x_b, sample s of member k)  (paper-style mixture NLL)
         """
-        return -self.log_prob(targets).mean()
+        log_prob = self.log_prob(targets)
+        return -log_prob.sum() / TASKS[self.task].count(targets).to(log_prob.device)
 
     def to(self, device: torch.device | str) -> Predictive:
         return Predictive(self.outputs.to(device), self.task)
@@ -114,21 +161,18 @@ class Predictive:
             raise DataError("there is no prediction to concatenate: the data set is empty.")
         return Predictive(torch.cat([part.outputs for part in parts], dim=2), parts[0].task)
 
-    def _needs(self, task: Task) -> None:
+    @property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance [K, S, B, D] of each member and sample."""
+        task = TASKS[self.task]
+        if isinstance(task, Gaussian):
+            return task.moments(self.outputs)
+        self._needs("regression")
+        return self.outputs.float(), torch.zeros_like(self.outputs)
+
+    def _needs(self, task: TaskName) -> None:
         if self.task != task:
             raise DataError(f"this is a {self.task} predictive; the value asked for exists for {task} only.")
-
-
-def check_labels(targets: Tensor, num_classes: int) -> None:
-    """Raise `DataError` if an integer label lies outside 0 … num_classes − 1."""
-    if targets.numel() == 0:
-        return
-    low, high = int(targets.min()), int(targets.max())
-    if low < 0 or high >= num_classes:
-        raise DataError(
-            f"label {low if low < 0 else high} is out of range: the model has {num_classes} classes "
-            f"(0 to {num_classes - 1}). Check the label column, or give the model a head of the right size."
-        )
 
 
 def _entropy(log_probs: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -144,11 +145,19 @@ def _pixels(name: str, transform: Any) -> Any:
 
 
 def _rows(names: Sequence[str], predictive: Predictive, classes: Sequence[str], top: int) -> list[dict[str, Any]]:
-    if predictive.task == "regression":
+    if predictive.task in ("regression", "gaussian"):
         pairs = zip(predictive.mean.flatten(1).tolist(), predictive.variance.flatten(1).tolist(), strict=True)
         return [{"input": n, "mean": m, "variance": v} for n, (m, v) in zip(names, pairs, strict=True)]
+    if predictive.probs.dim() > 2:
+        raise DataError(
+            f"this model answers in {math.prod(predictive.probs.shape[1:-1])} places of each input, and a table shows "
+            "one answer; use `predict` of the Python library."
+        )
     probs, order = predictive.probs.topk(min(top, predictive.probs.shape[-1]))
-    entropy, mutual = predictive.entropy.tolist(), predictive.mutual_information.tolist()
+    # Of several labels: the sum over them.
+    entropy, mutual = (
+        v.view(len(names), -1).sum(-1).tolist() for v in (predictive.entropy, predictive.mutual_information)
+    )
     rows = []
     for number, name in enumerate(names):
         best = zip(order[number].tolist(), probs[number].tolist(), strict=True)

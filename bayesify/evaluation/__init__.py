@@ -98,9 +98,9 @@ def evaluate(
     options |= {"progress": progress, "device": device}
     for title, network in models.items():
         predictive, targets = collect_labeled(network, data, task=task, description=title, **options)
-        task = task or predictive.task
+        task = task or getattr(network, "task", None) or predictive.task
         predictions[title] = (predictive, targets)
-        if predictive.task == "regression":
+        if predictive.task in ("regression", "gaussian"):
             metrics[title] = regression_metrics(predictive, targets)
             continue
         scores = score(predictive, targets)

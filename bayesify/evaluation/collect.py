@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from bayesify.batch import split_batch
 from bayesify.errors import ConfigError, DataError
 from bayesify.modes import evaluating
-from bayesify.predictive import Predictive, Task, check_labels
+from bayesify.predictive import Predictive
 from bayesify.progress import progress_bar
+from bayesify.tasks import TaskName, task_of
 
 BASELINE = "deterministic"
 """What reports call the baseline."""
@@ -28,7 +29,7 @@ def collect(
     seed: int = 0,
     progress: bool = True,
     device: torch.device | str | None = None,
-    task: Task | None = None,
+    task: TaskName | None = None,
     labeled: bool = True,
     description: str = "predicting",
 ) -> tuple[Predictive, Tensor | None]:
@@ -66,12 +67,13 @@ def collect(
                 )
             else:
                 real = target is not None and target.is_floating_point()
-                read_as = task or ("regression" if real else "classification")
+                read_as = task or _special_task(model) or ("regression" if real else "classification")
                 prediction = _plain(model(*args, **kwargs), read_as)
+            prediction = prediction.to("cpu")
             if target is not None:
-                _check(prediction, target, index)
                 target = target.cpu()
-            predictions.append(prediction.to("cpu"))
+                prediction = _fitted(prediction, target, index)
+            predictions.append(prediction)
             labels.append(target)
 
     known = [label for label in labels if label is not None]
@@ -100,7 +102,7 @@ def with_baseline(model: Any, name: str, baseline: Any) -> dict[str, Any]:
     return {name: model, BASELINE: baseline}
 
 
-def _plain(output: Any, task: Task) -> Predictive:
+def _plain(output: Any, task: TaskName) -> Predictive:
     """The output of an ordinary network as a predictive of one member and one sample."""
     logits: Any = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.dim() == 0:
@@ -108,19 +110,22 @@ def _plain(output: Any, task: Task) -> Predictive:
             f"the model must return a tensor of logits [batch, classes], or an object with .logits; "
             f"found {type(output).__name__}. Wrap it in a module that picks the logits."
         )
-    if task == "regression" and logits.dim() == 1:
-        logits = logits.unsqueeze(-1)
-    if logits.dim() < 2:
+    if task != "regression" and logits.dim() < 2:
         raise DataError(f"logits must have shape [batch, classes]; found {tuple(logits.shape)}.")
-    return Predictive(logits[None, None], task)
+    return Predictive.of(logits[None, None], task)
 
 
-def _check(prediction: Predictive, target: Tensor, index: int) -> None:
-    """Fail on the batch that is wrong, not after the whole data set has been run."""
+def _special_task(model: Any) -> TaskName | None:
+    """The task of an ordinary network, if its labels alone would not tell it."""
+    task = task_of(model) if isinstance(model, nn.Module) else None
+    return task if task in ("multilabel", "segmentation") else None
+
+
+def _fitted(prediction: Predictive, target: Tensor, index: int) -> Predictive:
+    """The prediction at its targets' resolution. Fails on the batch that is wrong, not after all have been run."""
     if target.dim() == 0 or len(target) != len(prediction):
         raise DataError(f"batch {index} has labels of shape {tuple(target.shape)} for {len(prediction)} examples.")
-    if prediction.task == "classification" and not target.is_floating_point():
-        check_labels(target, prediction.outputs.shape[-1])
+    return prediction.fitted(target)
 
 
 def _device(model: Any) -> torch.device:

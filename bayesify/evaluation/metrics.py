@@ -17,6 +17,8 @@ from bayesify.evaluation.scores import Scores, doubts, score
 from bayesify.predictive import Predictive
 
 BINS = 15
+NORMAL_90 = 1.6448536269514722
+"""Half the width of the central 90 % of a normal, in standard deviations."""
 
 
 class Metric(NamedTuple):
@@ -47,6 +49,15 @@ METRICS: dict[str, Metric] = {
     "rmse": Metric("RMSE", "units of the target", "down", "root of the mean squared error of the predictive mean"),
     "epistemic_variance": Metric(
         "Epistemic variance", "target units²", "", "mean variance of the outputs over members and samples"
+    ),
+    "aleatoric_variance": Metric(
+        "Aleatoric variance", "target units²", "", "mean variance that the network itself tells: the noise of the data"
+    ),
+    "coverage": Metric(
+        "Coverage of 90 %",
+        "fraction",
+        "",
+        "share of targets in the central 90 % of a normal with the predictive's moments",
     ),
     "auroc_entropy": Metric(
         "AUROC, entropy",
@@ -95,11 +106,10 @@ def metrics_from_scores(scores: Scores) -> dict[str, float]:
 
 
 def regression_metrics(predictive: Predictive, targets: Tensor) -> dict[str, float]:
-    """{"rmse", "epistemic_variance"} of a regression predictive [K, S, B, C] and `targets` [B, C].
+    """Metrics of a regression predictive [K, S, B, D] (task "regression" or "gaussian") against `targets` [B, D].
 
-    Targets may be [B] if C = 1.
-
-    rmse = √ mean (mean − target)², in units of the target; the variance is the one over members and samples.
+    Targets may be [B] if D = 1. Keys (`METRICS` says what each means): rmse, epistemic_variance; where the network
+    tells a variance also nll [nats, of each value], aleatoric_variance and coverage.
 
     Raises:
         DataError: not a regression, nothing to score, targets of the wrong shape, or NaN in either.
@@ -109,15 +119,18 @@ def regression_metrics(predictive: Predictive, targets: Tensor) -> dict[str, flo
     mean = predictive.mean
     if mean.numel() == 0:
         raise DataError("there are no examples to score: the data set is empty.")
-    if targets.shape == mean.shape[:-1] and mean.shape[-1] == 1:
-        targets = targets.unsqueeze(-1)
-    if targets.shape != mean.shape:
-        raise DataError(f"targets must have shape {tuple(mean.shape)}; found {tuple(targets.shape)}.")
-    targets = targets.to(mean.device, torch.float32)
+    predictive.fitted(targets)  # checks the shape
+    targets = targets.to(mean.device, torch.float32).view_as(mean)
     if mean.isnan().any() or targets.isnan().any():
         raise DataError("the outputs or the targets hold NaN. Drop rows without a target and check the inputs.")
     rmse = mean_squared_error(mean.flatten(), targets.flatten(), squared=False)
-    return {"rmse": float(rmse), "epistemic_variance": float(predictive.variance.mean())}
+    metrics = {"rmse": float(rmse), "epistemic_variance": float(predictive.epistemic_variance.mean())}
+    if predictive.task == "gaussian":
+        inside = (targets - mean).abs() <= NORMAL_90 * predictive.variance.sqrt()
+        metrics["nll"] = float(predictive.nll(targets))
+        metrics["aleatoric_variance"] = float(predictive.aleatoric_variance.mean())
+        metrics["coverage"] = float(inside.double().mean())
+    return metrics
 
 
 def ood_metrics(inside: Predictive, outside: Predictive) -> dict[str, float]:

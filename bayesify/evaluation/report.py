@@ -13,7 +13,7 @@ from torch import Tensor
 from bayesify.errors import FormatError
 from bayesify.evaluation import tables
 from bayesify.evaluation.metrics import METRICS, Metric
-from bayesify.evaluation.scores import score
+from bayesify.evaluation.scores import answers, score
 from bayesify.files import write_json, write_text
 from bayesify.predictive import Predictive
 
@@ -103,7 +103,8 @@ class Evaluation:
 
     def _draw(self, folder: Path) -> dict[str, str]:
         """Write the pictures; {file name: caption}."""
-        drawable = {name: pair for name, pair in self.predictions.items() if pair[0].task == "classification"}
+        classes = ("classification", "multilabel")
+        drawable = {name: answers(*pair) for name, pair in self.predictions.items() if pair[0].task in classes}
         if not drawable:
             return {}
         from bayesify.evaluation import plots  # matplotlib only when there is something to draw

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bayesify.errors import DataError
-from bayesify.predictive import Predictive, check_labels
+from bayesify.predictive import Predictive
+from bayesify.tasks import IGNORED, TASKS
 
 CHUNK_ELEMENTS = 2**24  # outputs turned into probabilities at a time: bounds memory at ImageNet size
 
@@ -52,30 +53,19 @@ class Scores:
 def score(predictive: Predictive, targets: Tensor) -> Scores:
     """The columns above for a classification predictive [K, S, B, ..., C] and integer `targets` [B, ...].
 
-    Extra dimensions (tokens, pixels) count as further examples.
-
     Raises:
         DataError: no examples, fewer than two classes, NaN outputs, or labels of wrong shape, type or range.
     """
-    outputs = predictive.outputs
-    if predictive.task != "classification":
-        raise DataError(f"classification metrics need a classification predictive; found {predictive.task}.")
-    if targets.shape != outputs.shape[2:-1] or targets.is_floating_point():
-        raise DataError(
-            f"targets must be integer classes of shape {tuple(outputs.shape[2:-1])}; "
-            f"found {targets.dtype} of shape {tuple(targets.shape)}."
-        )
-    if targets.numel() == 0:
+    predictive, targets = answers(predictive, targets)
+    if len(predictive) == 0:
         raise DataError("there are no examples to score: the data set is empty.")
+    outputs = predictive.outputs
     if outputs.shape[-1] < 2:
         raise DataError(
             "classification metrics need at least two classes; found one output per example. "
             "Give a binary model two logits [0, z], or read it as task='regression'."
         )
-    check_labels(targets, outputs.shape[-1])
-
-    outputs = outputs.flatten(2, -2)
-    targets = targets.to(outputs.device, torch.int64).flatten()
+    targets = targets.to(outputs.device, torch.int64)
     parts = [_columns(Predictive(o), t) for o, t in zip(_chunks(outputs), targets.split(_rows(outputs)), strict=True)]
     columns = {name: torch.cat([part[name] for part in parts], dim=-1).cpu() for name in parts[0]}
     columns = {name: c.double() if c.is_floating_point() else c for name, c in columns.items()}
@@ -90,8 +80,28 @@ def score(predictive: Predictive, targets: Tensor) -> Scores:
     return Scores(**columns, num_classes=outputs.shape[-1])
 
 
+def answers(predictive: Predictive, targets: Tensor) -> tuple[Predictive, Tensor]:
+    """Each answer as an example: a classification predictive [K, S, N, C] and its targets [N].
+
+    Tokens and pixels become examples, and so does each label of a multi-label predictive, as a question with two
+    answers. Targets of −100 are left out.
+    """
+    if predictive.task == "multilabel":
+        TASKS["multilabel"].fitted(predictive.outputs.flatten(0, 1), targets)
+        predictive, targets = predictive.binary, targets.long()
+    if predictive.task != "classification":
+        raise DataError(f"classification metrics need a classification predictive; found {predictive.task}.")
+    outputs, targets = predictive.fitted(targets).outputs.flatten(2, -2), targets.flatten()
+    counted = targets != IGNORED
+    if not counted.all():
+        outputs, targets = outputs[:, :, counted], targets[counted]
+    return Predictive(outputs), targets
+
+
 def doubts(predictive: Predictive) -> dict[str, Tensor]:
     """{"entropy": [B], "mutual_information": [B]} in nats, float64 on the CPU, without needing labels."""
+    if predictive.task == "multilabel":
+        predictive = predictive.binary
     parts = [Predictive(chunk, predictive.task) for chunk in _chunks(predictive.outputs.flatten(2, -2))]
     return {
         "entropy": torch.cat([part.entropy for part in parts]).cpu().double(),

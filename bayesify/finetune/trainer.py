@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from bayesify.batch import Rows, split_batch
@@ -33,8 +32,9 @@ from bayesify.finetune.config import FineTuneConfig
 from bayesify.finetune.groups import make_optimizer, make_schedule, select_trained
 from bayesify.finetune.log import TrainingLog
 from bayesify.model import BayesianModel
-from bayesify.objective import ELBO, ELBOTerms, unit_normal_nll
-from bayesify.predictive import Predictive, check_labels
+from bayesify.objective import ELBO, ELBOTerms, task_nll
+from bayesify.predictive import Predictive
+from bayesify.tasks import TASKS, TaskName, task_of
 
 Collate = Callable[[list[Any]], Any]
 
@@ -250,24 +250,26 @@ class FineTuner:
             self.model.eval()
             loss = self.model(*args, **kwargs, labels=labels).loss
             return [float(loss) * len(labels), len(labels), 0.0, 0.0]
-        predictive = self._predict(args, kwargs, seed)
-        if predictive.task == "regression":
-            error = (predictive.mean - labels.view_as(predictive.mean)).square().mean()
-            return [float(unit_normal_nll(error)) * len(labels), len(labels), 0.0, 0.0]
+        predictive = self._predict(args, kwargs, seed).fitted(labels)
+        count = float(TASKS[predictive.task].count(labels))
+        nll = float(predictive.nll(labels)) * count
+        if predictive.task != "classification":
+            return [nll, count, 0.0, 0.0]
         right = (predictive.probs.argmax(-1) == labels).sum()
-        return [float(-predictive.log_prob(labels).sum()), labels.numel(), float(right), labels.numel()]
+        return [nll, count, float(right), count]
 
     def _predict(self, args: Any, kwargs: Any, seed: int) -> Predictive:
         if isinstance(self.model, BayesianModel):
             return self.model.predict(*args, **kwargs, samples=self.config.eval_samples, seed=seed)
         self.model.eval()
-        return Predictive(Rows(self.model).outputs(self.model(*args, **kwargs))[None, None])
+        outputs = Rows(self.model).outputs(self.model(*args, **kwargs))
+        return Predictive.of(outputs[None, None], _plain_task(self.model))
 
     # ---------------------------------------------------------------------------------------------- parts
 
     def _objective(self) -> Callable[[Any, Tensor | None, int], ELBOTerms]:
         if not isinstance(self.model, BayesianModel):
-            return _cross_entropy(self.model)
+            return _plain_nll(self.model)
         annealing = round(self.config.kl_annealing * self.total_steps)
         return ELBO(
             self.model,
@@ -326,19 +328,21 @@ def _accelerator(config: FineTuneConfig, output: Path | None) -> Accelerator:
     )
 
 
-def _cross_entropy(model: nn.Module) -> Callable[[Any, Tensor | None, int], ELBOTerms]:
+def _plain_nll(model: nn.Module) -> Callable[[Any, Tensor | None, int], ELBOTerms]:
     """The loss of a plain network, in the form the loop expects."""
 
+    task = _plain_task(model)
+
     def objective(output: Any, targets: Tensor | None, step: int) -> ELBOTerms:
-        if targets is None:
-            nll = output.loss
-        else:
-            logits = Rows(model).outputs(output).float()
-            check_labels(targets, logits.shape[-1])
-            nll = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+        nll = output.loss if targets is None else task_nll(Rows(model).outputs(output), targets, task)
         return ELBOTerms(nll, nll.detach(), torch.zeros(()), 0.0)
 
     return objective
+
+
+def _plain_task(model: nn.Module) -> TaskName:
+    """What a plain network is trained for: classes, unless its config says other."""
+    return task_of(model) or "classification"
 
 
 def _check_plain(model: nn.Module, config: FineTuneConfig) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from bayesify.graph import is_quantized
 from bayesify.hub.base import load_base
 from bayesify.hub.origin import Origin, build, located
 from bayesify.hub.save import FORMAT_VERSION
-from bayesify.predictive import Task
+from bayesify.tasks import TASKS
 
 if TYPE_CHECKING:
     from bayesify.model import BayesianModel
@@ -82,7 +82,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise FormatError(f"{path}: field {wrong[0]} is {problem}.")
     if content["weights"] not in ("full", "changed"):
         raise FormatError(f"{path}: field weights must be 'full' or 'changed'; found {content['weights']!r}.")
-    if content["task"] is not None and content["task"] not in get_args(Task):
+    if content["task"] is not None and content["task"] not in TASKS:
         raise FormatError(f"{path}: field task {content['task']!r} is unknown.")
     labels = content["labels"]
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
