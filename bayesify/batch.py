@@ -64,8 +64,6 @@ class Rows:
     def _expanded(self, name: str, value: Any, batch: int, members: int) -> Any:
         if name in _SHARED_INPUTS:
             return value
-        if name == "num_items_in_batch" and value is not None:
-            return value * members  # what transformers' Trainer divides a sum over all rows by
         if isinstance(value, list) and name.endswith("labels") and len(value) == batch:
             return value * members  # the objects or the masks of each image
         packed = name in _PACKED_INPUTS and name != self.main
@@ -102,6 +100,19 @@ class Rows:
 
     def _dim(self, name: int | str) -> int:
         return 1 if self.recurrent and name in (1, "hx") else self.input_dim
+
+
+def add_to_loss(output: Any, value: Tensor) -> Any:
+    """Add a scalar to the loss that a network computed itself from labels."""
+    if isinstance(output, tuple) and output and isinstance(output[0], Tensor) and output[0].dim() == 0:
+        return (output[0] + value, *output[1:])
+    if not isinstance(output, Mapping) or output.get("loss") is None:
+        raise DataError(
+            "the network was to add the KL to its own loss, but computed none. Give it the labels (label smoothing and "
+            "loss functions of a trainer's own leave them out), or use bayesify's ELBO or FineTuner."
+        )
+    output["loss"] = output["loss"] + value  # type: ignore[index]
+    return output
 
 
 def map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:

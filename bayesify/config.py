@@ -221,3 +221,40 @@ class Rank1Config:
             return cls(**values)
         except (ConfigError, TypeError) as error:
             raise FormatError(f"{source}: {error}") from error
+
+
+class NetworkConfig(Rank1Config):
+    """The options of a converted network, with the network's own config behind them.
+
+    A transformers network keeps its labels, sizes and special tokens in `config`, where pipelines and trainers look for
+    them. What is no option of the conversion is read from that config, and written to it.
+    """
+
+    _own: Any = None
+
+    @classmethod
+    def over(cls, config: Rank1Config, own: Any) -> NetworkConfig:
+        """The same options, over the config of a network."""
+        result = cls(**_options(config))
+        object.__setattr__(result, "_own", own)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        if self._own is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self._own, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._own is None or name in _options(self):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._own, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rank1Config) and _options(self) == _options(other)
+
+    __hash__ = Rank1Config.__hash__
+
+
+def _options(config: Rank1Config) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(Rank1Config)}

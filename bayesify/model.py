@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bayesify.added import Added, Held
-from bayesify.batch import Rows
-from bayesify.config import Rank1Config
+from bayesify.batch import Rows, add_to_loss
+from bayesify.config import NetworkConfig, Rank1Config
 from bayesify.distributions import CLIP, Factor, kl_divergence
 from bayesify.errors import BayesifyError, ConversionError, DataError
 from bayesify.graph import ConversionReport, is_quantized, observed_dims, restore, site_name
@@ -56,12 +56,14 @@ class BayesianModel(nn.Module):
     Attributes:
         model: the rewritten network, still an instance of its class. Called by itself, outside of this class, it
             computes with the average of the members' factors.
-        config: the options of the conversion.
+        config: the options of the conversion; what else a transformers network's own config has is there, too.
         report: what was converted and what was not.
         task: how outputs are read, `bayesify.tasks`: "classification", "segmentation" (classes in dimension 1),
             "multilabel", "regression" (outputs are averaged), "gaussian" (means and log variances), "members" (no
             mixture is defined, as of sets of objects: a call gives K·B rows in eval mode, too), or None (decided by
             the output's shape).
+        kl_weight: what of the KL is added, in training, to a loss that the network computes itself: T · κ(t) / N. It is
+            for loops that are not ours, see `bayesify.finetune.callback`; `ELBO` adds the KL by itself.
         expansion: in training, "replicate" shows every example to every member; "partition" gives each member
             B/K of the rows, in order, without repeating anything.
         origin, label_names, preprocessing: where the network came from, its classes and how its inputs are made;
@@ -70,16 +72,20 @@ class BayesianModel(nn.Module):
 
     origin: Origin | None
     preprocessing: Preprocessing | None
+    accepts_loss_kwargs = False
+    """For transformers' Trainer: a loss is a mean over the batch, to be divided by the number of accumulated ones."""
 
     def __init__(
         self, model: nn.Module, config: Rank1Config, report: ConversionReport, task: TaskName | None = None
     ) -> None:
         super().__init__()
         self.model = model
-        self.config = config
+        own = getattr(model, "config", None)
+        self.config = NetworkConfig.over(config, own) if hasattr(own, "model_type") else config
         self.report = report
         self.task: TaskName | None = task
         self.expansion: Expansion = "replicate"
+        self.kl_weight = 0.0
         self.origin = None
         self.label_names: list[str] = []
         self.preprocessing = None
@@ -124,8 +130,10 @@ class BayesianModel(nn.Module):
 
     # -------------------------------------------------------------------------------------------- calling
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         """The network's own call; see the class for what comes back."""
+        if labels is not None:  # named in the signature because transformers' Trainer looks for labels there
+            kwargs["labels"] = labels
         if self.report.unsettled:
             self._settle(args, kwargs)
         rows = Rows(self.model)
@@ -148,7 +156,7 @@ class BayesianModel(nn.Module):
         output = self.model(*args, **kwargs)
         if random_draws:
             torch.randint(2, ())  # move the stream on, so that the next forward draws anew
-        return output
+        return add_to_loss(output, self.kl_weight * self.kl()) if self.kl_weight else output
 
     def predict(
         self,

@@ -87,6 +87,8 @@ class ELBO:
             loss = getattr(output, "loss", None)
             if loss is None:
                 raise DataError("the batch has no targets and the model's output has no loss; give one of them.")
+            if self.model.kl_weight:
+                raise ConfigError("the network's own loss already has the KL: set the model's kl_weight to 0.")
             if self.likelihood == "mixture" and self.model.members > 1:
                 raise ConfigError(
                     "likelihood='mixture' needs the members' outputs, but the network gave its own loss, which is "
