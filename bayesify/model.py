@@ -135,7 +135,7 @@ class BayesianModel(nn.Module):
         if labels is not None:  # named in the signature because transformers' Trainer looks for labels there
             kwargs["labels"] = labels
         if self.report.unsettled:
-            self._settle(args, kwargs)
+            self.settle(args, kwargs)
         rows = Rows(self.model)
         batch = rows.batch_size(args, kwargs)
         examples = batch
@@ -182,7 +182,7 @@ class BayesianModel(nn.Module):
                 raise DataError(f"{name} must be at least 1; found {value}.")
         kwargs.pop("labels", None)
         if self.report.unsettled:
-            self._settle(args, kwargs)
+            self.settle(args, kwargs)
         rows = Rows(self.model)
         batch = rows.batch_size(args, kwargs)
         chunk = min(member_chunk or self.members, self.members)
@@ -212,14 +212,14 @@ class BayesianModel(nn.Module):
 
         return generate(self, inputs, generation_config, **options)
 
-    def _settle(self, args: Any, kwargs: Any) -> None:
+    def settle(self, args: Any = (), kwargs: Any = None) -> None:
         """See on the first inputs where the batch is in each layer, if nothing told at the conversion."""
         self.report.unsettled = False
         known = self.report.batch_dims
         layers = dict(self.layers())
         functional = {name: layer.rank1.roles for name, layer in layers.items() if isinstance(layer, Rank1Functional)}
         observe: Any = torch.compiler.disable(observed_dims)  # it runs a copy of the network on shapes alone
-        found = observe(self.model, (args, kwargs), layers, functional) or {}
+        found = observe(self.model, (args, kwargs or {}), layers, functional) or {}
         for name, layer in layers.items():
             for weight, site in layer.rank1.items():
                 path = site_name(name, weight)

@@ -97,6 +97,8 @@ def generate(
         raise DataError(f"samples must be at least 1; found {samples}.")
     model: Any = bnn.model
     config = check_supported(bnn, generation_config, options)
+    if bnn.report.unsettled:
+        bnn.settle(kwargs=_first_call(model, inputs, options))
     if samples is not None and seed is None:
         seed = int(torch.randint(2**62, ()))
     doubt = Doubt()
@@ -120,3 +122,17 @@ def generate(
         name: map_tensors(value, networks.mean) if name in _OF_EACH_NETWORK else value for name, value in wanted.items()
     }
     return Generation(**kept, entropy=entropy, mutual_information=mutual_information)
+
+
+def _first_call(model: Any, inputs: Tensor | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of one call of the network with the prompts, to see on shapes where the batch is in each layer."""
+    call = {name: value for name, value in options.items() if isinstance(value, Tensor)}
+    main = str(model.main_input_name)
+    if inputs is not None:
+        call[main] = inputs
+    if main not in call and "inputs_embeds" not in call:
+        call[main] = torch.ones(1, 1, dtype=torch.int64, device=model.device)
+    if model.config.is_encoder_decoder and "decoder_input_ids" not in call:
+        rows = len(next(call[name] for name in (main, "inputs_embeds") if name in call))
+        call["decoder_input_ids"] = torch.ones(rows, 1, dtype=torch.int64, device=model.device)
+    return call

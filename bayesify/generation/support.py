@@ -37,11 +37,6 @@ def check_supported(
             raise DataError(f"{why} is not supported with several networks; leave it out.")
     if config.use_cache is not False:
         _check_cached_steps(bnn, model)
-    if bnn.report.unsettled:
-        raise DataError(
-            "it is not known yet which dimension of each layer's input carries the batch; call predict once on inputs "
-            "of this model, or convert it with example_inputs=."
-        )
     return config
 
 

@@ -192,11 +192,26 @@ def test_layers_that_a_cached_step_goes_past() -> None:
     torch.testing.assert_close(cached.entropy, whole.entropy, rtol=1e-3, atol=1e-3)
 
 
-def test_layers_must_be_known() -> None:
-    bnn = _bayesian()
+def test_prompts_tell_where_the_batch_is() -> None:
+    """Layers that work on [time, batch, ...], of a model whose conversion could not see it."""
+    torch.manual_seed(0)
+    small: dict[str, Any] = {f"{part}_{what}": size for part in ("encoder", "decoder") for what, size in (
+        ("layers", 1), ("attention_heads", 2), ("ffn_dim", 20))}  # fmt: skip
+    config = transformers.FSMTConfig(langs=["a", "b"], src_vocab_size=30, tgt_vocab_size=30, d_model=16, **small)
+    bnn = bayesify(transformers.FSMTForConditionalGeneration(config).eval(), members=3, init_scale=0.5)
+    options = {"max_new_tokens": 4, "use_cache": False}
+    ids = torch.randint(3, 30, (2, 5))
+    expected, dims = bnn.generate(ids, **options), dict(bnn.report.batch_dims)
+    assert set(dims.values()) == {1}
+    for _, layer in bnn.layers():
+        for site in layer.rank1.values():
+            site.batch_dim = 0  # type: ignore[assignment]
+    bnn.report.batch_dims.clear()
     bnn.report.unsettled = True
-    with pytest.raises(DataError, match="call predict once"):
-        bnn.generate(prompt())
+    found = bnn.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert bnn.report.batch_dims == dims
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.entropy, expected.entropy)
 
 
 def test_models_that_cannot_write() -> None:
