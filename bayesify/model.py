@@ -17,7 +17,7 @@ from bayesify.batch import Rows, add_to_loss
 from bayesify.config import NetworkConfig, Rank1Config
 from bayesify.distributions import CLIP, Factor, kl_divergence
 from bayesify.errors import BayesifyError, ConversionError, DataError
-from bayesify.graph import ConversionReport, is_quantized, observed_dims, restore, site_name
+from bayesify.graph import ConversionReport, forward_names, is_quantized, observed_dims, restore, site_name
 from bayesify.layers import (
     MemberBatchNorm,
     MemberNorm,
@@ -309,7 +309,9 @@ class BayesianModel(nn.Module):
             elif isinstance(layer, Rewritten):
                 detach(layer)
         config = getattr(merged, "config", None)
-        if self.report.tied and getattr(config, "tie_word_embeddings", False):
+        tied = self.report.tied and getattr(config, "tie_word_embeddings", False)
+        # UMT5, Switch and UDOP scale what the head is given by this flag, and read heads of their own all the same.
+        if tied and "tie_word_embeddings" not in forward_names(merged):
             config.tie_word_embeddings = False  # type: ignore[union-attr]
         return merged
 

@@ -6,6 +6,7 @@ import copy
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -342,6 +343,25 @@ def test_merging_tied_weights_unties_them() -> None:
     assert not torch.equal(merged.lm_head.weight, embedding)
     assert merged.config.tie_word_embeddings is False
     assert bnn.model.config.tie_word_embeddings is True
+
+
+@pytest.mark.parametrize("name", ["T5", "MT5", "UMT5", "SwitchTransformers"])
+@torch.no_grad()
+def test_merged_heads_that_are_scaled_where_they_are_tied(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    small = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 20, "num_layers": 1, "num_heads": 2, "num_experts": 2}
+    cls = getattr(transformers, f"{name}ForConditionalGeneration")
+    model = cls(getattr(transformers, f"{name}Config")(**small, tie_word_embeddings=True))
+    bnn = bayesify(model, members=2, init_scale=0.3).eval()
+    inputs = {"input_ids": torch.randint(3, 40, (3, 7)), "decoder_input_ids": torch.randint(3, 40, (3, 4))}
+    merged = bnn.merge(1)
+    expected = bnn.predict(**inputs).outputs[1, 0]
+    torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+    merged.save_pretrained(tmp_path)  # type: ignore[operator]
+    again = cls.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @every_case

@@ -1,6 +1,7 @@
 """The graph rewriter: capture, find sites, swap, audit. Each pass is a file."""
 
 from bayesify.graph.audit import audit as audit
+from bayesify.graph.capture import forward_names as forward_names
 from bayesify.graph.inputs import as_inputs as as_inputs
 from bayesify.graph.inputs import derive_inputs as derive_inputs
 from bayesify.graph.layout import is_quantized as is_quantized

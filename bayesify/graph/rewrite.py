@@ -18,6 +18,7 @@ from bayesify.layers import (
     Site,
     attach,
     attach_functional,
+    attach_gathering,
     attach_norm,
     attach_unfused,
     bias_of,
@@ -35,6 +36,9 @@ def swap(plan: Plan, config: Rank1Config) -> None:
         for layer in plan.fused.values():
             done.append(layer)
             attach_unfused(layer)
+        for module in plan.gathering.values():
+            done.append(module)
+            attach_gathering(module)
         for norm in plan.norms.values():
             done.append(norm)
             attach_norm(norm, config.members)

@@ -18,7 +18,7 @@ from bayesify.graph.inputs import Inputs, derive_inputs
 from bayesify.graph.layout import known_dims, may_move_batch, observed_dims
 from bayesify.graph.plan import Plan, join, site_name
 from bayesify.graph.uses import Uses
-from bayesify.layers import FUSED, is_exact, is_linear, rank1_class
+from bayesify.layers import FUSED, hands_tokens_on, is_exact, is_linear, rank1_class
 
 
 def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = None) -> Plan:
@@ -37,6 +37,7 @@ def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = No
     _check_linear(plan)
     _apply_patterns(plan, config, candidates)
     _settle_attention(model, plan)
+    _settle_surroundings(model, plan)
     if not plan.layers:
         kinds = sorted(
             {type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None}
@@ -189,15 +190,21 @@ def _left_out(name: str, config: Rank1Config) -> str | None:
 
 
 def _settle_attention(model: nn.Module, plan: Plan) -> None:
-    """Attention that is not converted reads the weight of its out projection; fused kernels read many."""
+    """Attention that is not converted reads the weight of its out projection."""
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention) and name not in plan.layers:
             plan.skip(join(name, "out_proj"), "nn.MultiheadAttention reads this weight without calling the layer")
             for own, parameter in module.named_parameters(prefix=name, recurse=False):
                 if parameter.dim() > 1 and rank1_class(type(module)) is None:
                     plan.skipped[own] = f"{type(module).__name__} has a forward of its own, with attention in it"
-        elif isinstance(module, FUSED) and any(layer.startswith(join(name, "")) for layer in plan.layers):
-            plan.fused[name] = module
+
+
+def _settle_surroundings(model: nn.Module, plan: Plan) -> None:
+    """Modules that must be taken care of for the sake of what is converted inside them."""
+    for name, module in model.named_modules():
+        fused, gathering = isinstance(module, FUSED), hands_tokens_on(type(module)) and name not in plan.layers
+        if (fused or gathering) and any(layer.startswith(join(name, "")) for layer in plan.layers):
+            (plan.fused if fused else plan.gathering)[name] = module
 
 
 def _find_batch(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:

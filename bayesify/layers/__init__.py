@@ -8,6 +8,8 @@ from bayesify.layers.functional import Rank1Functional as Rank1Functional
 from bayesify.layers.functional import attach_functional as attach_functional
 from bayesify.layers.functional import functional_sizes as functional_sizes
 from bayesify.layers.functional import watch_products as watch_products
+from bayesify.layers.gathered import attach_gathering as attach_gathering
+from bayesify.layers.gathered import hands_tokens_on as hands_tokens_on
 from bayesify.layers.members import MemberVector as MemberVector
 from bayesify.layers.norm import MemberBatchNorm as MemberBatchNorm
 from bayesify.layers.norm import MemberNorm as MemberNorm

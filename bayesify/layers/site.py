@@ -6,12 +6,17 @@ the rows may lie in another dimension, `batch_dim`, as in networks that work on 
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 
 from bayesify.distributions import Factor
 from bayesify.errors import BayesifyError
 from bayesify.layers.members import MemberVector
+
+TAKEN: ContextVar[tuple[Tensor, int] | None] = ContextVar("TAKEN", default=None)
+"""The tokens [n] that were last taken out of how many, inside a module that hands tokens on."""
 
 
 class Site(nn.Module):
@@ -113,8 +118,14 @@ class AdditiveSite(Site):
 
 
 def repeat_rows(draw: Tensor, rows: int) -> Tensor:
-    """Repeat a draw [R, d] to [rows, d]: neighboring rows share, so all windows of one example share one draw."""
+    """Repeat a draw [R, d] to [rows, d]: neighboring rows share, so all windows of one example share one draw.
+
+    Rows that are tokens taken from all over get the draw of where they come from.
+    """
     drawn = draw.shape[0]
+    taken = TAKEN.get()
+    if taken is not None and drawn > 1 and len(taken[0]) == rows:
+        return draw[taken[0] * drawn // taken[1]]
     if drawn in (1, rows):
         return draw
     if rows % drawn:
