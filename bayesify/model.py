@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +15,15 @@ from bayesify.added import Added, Held
 from bayesify.batch import Rows, add_to_loss
 from bayesify.config import NetworkConfig, Rank1Config
 from bayesify.distributions import CLIP, Factor, kl_divergence
-from bayesify.errors import BayesifyError, ConversionError, DataError
-from bayesify.graph import ConversionReport, forward_names, is_quantized, observed_dims, restore, site_name
+from bayesify.errors import BayesifyError, DataError
+from bayesify.graph import ConversionReport, observed_dims, restore, site_name
 from bayesify.layers import (
-    MemberBatchNorm,
     MemberNorm,
     MemberVector,
     Rank1Functional,
     Rank1Layer,
-    Rewritten,
-    Site,
-    bias_of,
-    detach,
-    is_exact,
-    original_class,
 )
+from bayesify.merge import merged
 from bayesify.modes import evaluating
 from bayesify.predictive import Predictive
 from bayesify.tasks import TaskName, resolve_task
@@ -299,21 +292,7 @@ class BayesianModel(nn.Module):
         """
         if not -self.members <= member < self.members:
             raise BayesifyError(f"member {member} does not exist; there are {self.members} (0 to {self.members - 1}).")
-        member %= self.members
-        merged = copy.deepcopy(self.model)
-        for name, layer in list(merged.named_modules()):
-            if isinstance(layer, Rank1Layer):
-                _fold(name, layer, member)
-            elif isinstance(layer, MemberBatchNorm):
-                _fold_norm(layer, member)
-            elif isinstance(layer, Rewritten):
-                detach(layer)
-        config = getattr(merged, "config", None)
-        tied = self.report.tied and getattr(config, "tie_word_embeddings", False)
-        # UMT5, Switch and UDOP scale what the head is given by this flag, and read heads of their own all the same.
-        if tied and "tie_word_embeddings" not in forward_names(merged):
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
-        return merged
+        return merged(self.model, member % self.members, tied=bool(self.report.tied))
 
     def unload(self) -> nn.Module:
         """Take the factors out again, in place, and return the original network.
@@ -334,70 +313,6 @@ class BayesianModel(nn.Module):
         from bayesify.hub import push_to_hub
 
         return push_to_hub(self, repo_id, **options)
-
-
-@torch.no_grad()
-def _fold(name: str, layer: Rank1Layer, member: int) -> None:
-    """Turn a rank-1 layer, in place, into the plain layer of one member at its posterior means."""
-    cls = type(layer)
-    sites = cast("dict[str, Site]", dict(layer.rank1.items()))
-    modes = {module: module.training for module in layer.modules()}
-    layer.eval()
-    for site in sites.values():
-        for factor in (site.s, site.r):
-            if factor is not None:
-                factor.hold(factor.mean[member : member + 1].clamp(-CLIP, CLIP))
-        if site.own_bias is not None:
-            site.own_bias.hold(slice(member, member + 1))
-    # Hooks may make the weight from other parameters, as the older weight_norm and spectral_norm do.
-    plain = is_exact(original_class(cls)) and not layer._forward_pre_hooks
-    probe = None if plain else cls.probe_input(layer)
-    expected = None
-    if probe is not None:
-        probe = torch.randn(probe.shape, device=probe.device).to(probe.dtype)
-        expected = layer(probe)
-    values: dict[str, Tensor] = {}
-    for weight in sites:
-        if is_quantized(layer.weight_of(weight)):
-            raise ConversionError(f"{name}: factors cannot be folded into a weight in low-bit storage.")
-        try:
-            values[weight], bias = layer.with_draw(weight, 0)
-        except ConversionError as error:
-            raise ConversionError(f"{name}: {error}") from error
-        if bias is not None:
-            if getattr(layer, bias_of(weight), None) is None and isinstance(layer, nn.RNNBase):
-                raise ConversionError(f"{name}: it has no bias into which added factors could be folded.")
-            values[bias_of(weight)] = bias
-    detach(layer)
-    for path, value in values.items():
-        owner, _, weight = path.replace("/", ".").rpartition(".")
-        holder = layer.get_submodule(owner)
-        old = holder._parameters.get(weight)
-        # Plain weights: a new parameter, which breaks ties and keeps the flat weight list of recurrent layers in step.
-        # Parametrized weights take the value through their right inverse.
-        if old is None and not weight.startswith("bias"):
-            setattr(holder, weight, value)
-        else:
-            setattr(holder, weight, nn.Parameter(value, requires_grad=old is None or old.requires_grad))
-    same = expected is None or torch.allclose(layer(probe), expected, rtol=1e-3, atol=1e-4)
-    for module, mode in modes.items():
-        module.training = mode
-    if not same:
-        raise ConversionError(
-            f"{name} ({type(layer).__name__}) transforms its weight in its own code, so its factors cannot be folded "
-            "into it. Keep the Bayesian model, or leave such layers out with exclude= before training."
-        )
-
-
-@torch.no_grad()
-def _fold_norm(layer: MemberBatchNorm, member: int) -> None:
-    """Turn a batch norm, in place, into the plain one of a member."""
-    affine, statistics = layer.state_of(member)
-    detach(layer)
-    for name, value in affine.items():
-        setattr(layer, name, nn.Parameter(value, requires_grad=getattr(layer, name).requires_grad))
-    for name, value in statistics.items():
-        layer._buffers[name] = value.clone()
 
 
 def _peek_seed() -> tuple[str, int]:
