@@ -332,7 +332,8 @@ def _check_identity(base: _Base, bnn: BayesianModel, row: Row) -> None:
     torch.manual_seed(1)
     with torch.no_grad():
         found = real_tensors(bnn.eval()(*base.inputs[0], **base.inputs[1]))
-    shapes = [tuple(o.shape) for o in base.outputs], [tuple(o.shape) for o in found]
+    expected = base.repeated if bnn.task == "members" else base.outputs  # sets of objects are not averaged
+    shapes = [tuple(o.shape) for o in expected], [tuple(o.shape) for o in found]
     if shapes[0] != shapes[1]:
         pairs = [f"{a} to {b}" for a, b in zip(*shapes, strict=False) if a != b]
         raise FailedStepError("identity", f"the Bayesian model's own call changes shapes: {', '.join(pairs[:3])}")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BertConfig,
@@ -93,6 +98,46 @@ def test_accumulated_batches_count_the_kl_once(tmp_path: Path) -> None:
     for name, value in trained[0].items():
         torch.testing.assert_close(trained[1][name], value, rtol=1e-3, atol=2e-5, msg=name)
     assert any(not torch.equal(start[name], trained[0][name]) for name in start if "rank1" in name)
+
+
+def train_and_save(folder: Path) -> None:
+    """Two steps of 12 sentences, divided among the processes there are; the first one writes the result."""
+    bnn = classifier(posterior_scale=SURE, init_scale=0.2)
+    size = 12 // int(os.environ.get("WORLD_SIZE", "1"))
+    args = arguments(folder, max_steps=2, per_device_train_batch_size=size)
+    Trainer(
+        bnn, args, train_dataset=sentences(), callbacks=[KLCallback(annealing=0)], optimizers=sgd(bnn, 0.05)
+    ).train()
+    if int(os.environ.get("RANK", "0")) == 0:
+        save_file({name: value.clone() for name, value in bnn.state_dict().items()}, folder / "state.safetensors")
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    alone.mkdir()
+    together.mkdir()
+    train_and_save(alone)
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\n"
+        f"from test_callback import train_and_save\ntrain_and_save(Path({str(together)!r}))\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={port}",
+        str(script),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    expected, found = (load_file(folder / "state.safetensors") for folder in (alone, together))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)
 
 
 def test_trains_evaluates_and_keeps_the_best(tmp_path: Path) -> None:
