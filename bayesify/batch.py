@@ -195,11 +195,12 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | N
     """A batch as (positional inputs, keyword inputs, labels).
 
     A mapping holds keyword inputs and "labels"; a tuple of two or more ends with the labels (or `None`); a tensor
-    is one unlabeled input.
+    is one unlabeled input. Labels that are a list, such as the objects of each image, stay with the inputs: only the
+    network itself knows what to do with them.
     """
     if isinstance(batch, Mapping):
         kwargs = {str(key): value for key, value in batch.items()}
-        target = kwargs.pop("labels", None)
+        target = None if isinstance(kwargs.get("labels"), list) else kwargs.pop("labels", None)
         args: tuple[Any, ...] = ()
     elif isinstance(batch, (tuple, list)) and len(batch) > 0:
         args, target = (tuple(batch[:-1]), batch[-1]) if len(batch) > 1 else (tuple(batch), None)

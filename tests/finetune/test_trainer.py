@@ -626,6 +626,55 @@ def test_language_models_are_validated_by_their_own_loss() -> None:
     assert scores == {"validation_nll": pytest.approx(-log_probs.gather(-1, targets).mean().item(), rel=1e-5)}
 
 
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+
+
+def questions() -> tuple[Any, list[Any]]:
+    """A model that finds answers in texts, and texts with the places of the answers."""
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    torch.manual_seed(0)
+    ids, places = torch.randint(3, 30, (8, 7)), torch.randint(7, (8, 2))
+    rows = [{"input_ids": i, "start_positions": s, "end_positions": e} for i, (s, e) in zip(ids, places, strict=True)]
+    return BertForQuestionAnswering(BertConfig(**SMALL, vocab_size=30, max_position_embeddings=16)), rows
+
+
+def pictures() -> tuple[Any, list[Any]]:
+    """A model that finds objects, and pictures with one and with two of them."""
+    from transformers import YolosConfig, YolosForObjectDetection
+
+    torch.manual_seed(0)
+    model = YolosForObjectDetection(YolosConfig(**SMALL, image_size=[32, 32], num_detection_tokens=4))
+    objects = [
+        {"class_labels": torch.randint(2, (n,)), "boxes": torch.rand(n, 4) / 2 + 0.2} for n in (1, 2, 2, 1, 1, 2, 1, 1)
+    ]
+    return model, [{"pixel_values": torch.randn(3, 32, 32), "labels": found} for found in objects]
+
+
+def collate(rows: list[Any]) -> dict[str, Any]:
+    """Labels that are no tensor stay a list."""
+    return {
+        name: [row[name] for row in rows] if isinstance(rows[0][name], dict) else torch.stack([r[name] for r in rows])
+        for name in rows[0]
+    }
+
+
+@pytest.mark.parametrize("make", [questions, pictures])
+@pytest.mark.parametrize("plain", [False, True], ids=["bayesian", "plain"])
+def test_labels_that_only_the_network_knows(make: Any, plain: bool) -> None:
+    pytest.importorskip("scipy", reason="transformers matches boxes with scipy")
+    model, rows = make()
+    network = model if plain else bayesify(model, members=2, init_scale=0.3)
+    config = FineTuneConfig(batch_size=4, epochs=20, learning_rate=3e-3)
+    tuner = FineTuner(network, rows, rows, config, collate_fn=collate, progress=False)  # type: ignore[arg-type]
+    before = tuner.validate()["validation_nll"]
+    with torch.no_grad():
+        losses = [network.eval()(**collate(part)).loss.item() for part in (rows[:4], rows[4:])]
+    assert before == pytest.approx(sum(losses) / 2, rel=1e-5)
+    tuner.fit()
+    assert tuner.validate()["validation_nll"] < 0.95 * before
+
+
 def test_regression_is_validated_by_the_nll_it_trains_on() -> None:
     bnn = network()
     bnn.task = "regression"
