@@ -3,7 +3,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import torch
 import typer
 from commands import SHORT, run, write_images
 from PIL import Image
+from processes import two_processes
 from safetensors.torch import load_file
 
 import bayesify
@@ -357,12 +357,7 @@ def test_a_killed_process_can_be_resumed(vit, images, tmp_path):
 
 def test_two_processes_train_as_one(vit, images, tmp_path):
     arguments = ["finetune", vit, images, *SHORT, "--steps", 3, "--posterior", "deterministic", "--init", "ones"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # `accelerate launch --cpu` starts one process only unless there is MPI; torchrun is what it runs for GPUs.
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "-m", "bayesify")
-    process = command_line(*arguments, "--output", tmp_path / "two", launcher=launcher)
+    process = command_line(*arguments, "--output", tmp_path / "two", launcher=(*two_processes(), "-m", "bayesify"))
     assert run(*arguments, "--output", tmp_path / "one").exit_code == 0
     output, error = process.communicate(timeout=300)
     assert process.returncode == 0, error

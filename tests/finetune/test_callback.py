@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from processes import call_in_two_processes
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -117,24 +115,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     alone.mkdir()
     together.mkdir()
     train_and_save(alone)
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\n"
-        f"from test_callback import train_and_save\ntrain_and_save(Path({str(together)!r}))\n"
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        f"--master_port={port}",
-        str(script),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
+    call_in_two_processes(train_and_save, together)
     expected, found = (load_file(folder / "state.safetensors") for folder in (alone, together))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)

@@ -6,14 +6,12 @@ import copy
 import json
 import math
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import call_in_two_processes
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
@@ -564,21 +562,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     alone.mkdir()
     together.mkdir()
     both_posteriors(alone)
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys, torch\nsys.path.insert(0, {str(Path(__file__).parent)!r})\ntorch.set_num_threads(1)\n"
-        "from pathlib import Path\nfrom test_trainer import both_posteriors\n"
-        f"both_posteriors(Path({str(together)!r}))\n"
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # `accelerate launch --cpu` starts several processes under MPI only; torchrun always does.
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    command.append(str(script))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    call_in_two_processes(both_posteriors, together)
     checkpoint = json.loads((together / "normal" / "checkpoint" / "checkpoint.json").read_text())
     assert checkpoint["progress"]["run"]["processes"] == 2
     for posterior in ("deterministic", "normal"):
