@@ -39,6 +39,8 @@ def command_line(*arguments, launcher=("-m", "bayesify")):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        # Where the tests run in the background, interrupts are ignored, which a child would inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
