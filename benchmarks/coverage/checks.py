@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from bayesify import BayesianModel, ConversionReport, bayesify
-from bayesify.batch import Rows, map_tensors
+from bayesify.batch import Rows, diagonal_blocks, map_tensors
 from bayesify.graph import site_name
 from bayesify.layers import Rank1Layer
 from benchmarks.coverage.jobs import Row
@@ -201,7 +201,7 @@ class _Base:
             raise FailedStepError("identity", "repeated rows change the number of outputs of the original")
         self.batch_dims = [_batch_dim(o, r) for o, r in zip(self.outputs, self.repeated, strict=True)]
         self.expansion = max(
-            max(relative_error(member, o) for member in _members(r, dim))
+            max(relative_error(member, o) for member in _members(r, dim, o))
             for o, r, dim in zip(self.outputs, self.repeated, self.batch_dims, strict=True)
         )
         self.mixes_examples = self._mixes()
@@ -295,13 +295,18 @@ def _batch_dim(once: Tensor, repeated: Tensor) -> int | None:
     if once.dim() != repeated.dim():
         raise FailedStepError("identity", f"repeated rows change {tuple(once.shape)} to {tuple(repeated.shape)}")
     grown = [d for d in range(once.dim()) if repeated.shape[d] != once.shape[d]]
+    if grown == [0, 1] and once.dim() == 2 and repeated.shape == tuple(MEMBERS * size for size in once.shape):
+        return 0  # similarities of every example with every other
     if len(grown) > 1 or any(repeated.shape[d] != MEMBERS * once.shape[d] for d in grown):
         raise FailedStepError("identity", f"repeated rows change {tuple(once.shape)} to {tuple(repeated.shape)}")
     return grown[0] if grown else None
 
 
-def _members(output: Tensor, dim: int | None) -> tuple[Tensor, ...]:
-    return (output,) if dim is None else output.chunk(MEMBERS, dim)
+def _members(output: Tensor, dim: int | None, once: Tensor) -> tuple[Tensor, ...]:
+    if dim is None:
+        return (output,)
+    members = output.chunk(MEMBERS, dim)
+    return members if members[0].shape == once.shape else tuple(diagonal_blocks(output, MEMBERS))
 
 
 # ------------------------------------------------------------------------------------------------ identity and probe
