@@ -26,6 +26,8 @@ _PACKED_INPUTS = {
 """Images of vision–language models: those of all examples one after the other, however many each has."""
 _LOGITS = {"logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits"}
 """Outputs that the task of a model is about; all others are averaged."""
+_OF_SEVERAL_ROWS = ("logits", "hidden_state", "hidden_states", "embeds", "pooler_output")
+"""Ends of the names of outputs that may have several rows of each example: its frames, patches or codebooks."""
 _PAIRWISE_OUTPUTS = {"logits_per_image", "logits_per_text", "logits_per_video", "logits_per_audio"}
 """Similarities [B, B] of contrastive models: of K·B by K·B, only those within a member have a meaning."""
 
@@ -165,10 +167,12 @@ def _reduce(output: Any, members: int, batch: int, task: TaskName | None, named_
             return _mean(value, members, 0)
         if name in _PAIRWISE_OUTPUTS and value.shape == (members * batch, members * batch):
             value = torch.cat(diagonal_blocks(value, members))
-        if value.dim() == 0 or value.shape[0] != members * batch:
+        rows = value.shape[0] if value.dim() else 0
+        several = rows % (members * batch) == 0 and name is not None and name.endswith(_OF_SEVERAL_ROWS)
+        if rows == 0 or (rows != members * batch and not several):
             return value
         if not value.is_floating_point():
-            return value[:batch]
+            return value[: rows // members]
         if name not in _LOGITS and (name is not None or named_logits):
             return _mean(value, members, 0)
         return TASKS[resolve_task(value, task)].mixture(value.unflatten(0, (members, -1))).to(value.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
 
 from bayesify import bayesify
 
@@ -94,3 +95,28 @@ def test_products_on_time_first_know_where_the_batch_is() -> None:
     for k in range(2):
         torch.testing.assert_close(found[k], bnn.merge(k)(**inputs).logits, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[0], found[1], atol=1e-3)
+
+
+class Frames(nn.Module):
+    """Three frames of each example, with features and logits of each frame, and a table that is no row of anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.first(x.flatten(0, 1))
+        return {"logits": self.head(features), "image_hidden_states": features, "table": torch.ones(12, 2)}
+
+
+@torch.no_grad()
+def test_several_rows_of_an_example_are_averaged_over_members() -> None:
+    torch.manual_seed(0)
+    bnn = bayesify(Frames(), members=2, init_scale=0.5, task="classification").eval()
+    x = torch.randn(2, 3, 4)
+    members, found = [bnn.merge(k)(x) for k in range(2)], bnn(x)
+    probs = torch.stack([member["logits"].softmax(-1) for member in members]).mean(0)
+    torch.testing.assert_close(found["logits"].exp(), probs)
+    features = torch.stack([member["image_hidden_states"] for member in members]).mean(0)
+    torch.testing.assert_close(found["image_hidden_states"], features)
+    assert found["table"].shape == (12, 2)
