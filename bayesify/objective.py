@@ -11,7 +11,7 @@ from torch import Tensor
 from bayesify.batch import Rows
 from bayesify.errors import ConfigError, DataError
 from bayesify.model import BayesianModel
-from bayesify.tasks import TASKS, TaskName, resolve_task
+from bayesify.tasks import TASKS, TaskName, log_mean_exp, resolve_task
 
 Likelihood = Literal["average", "mixture"]
 
@@ -118,5 +118,5 @@ def task_nll(
     rows = reading.arranged(outputs).unflatten(0, (members, -1))
     rows = reading.fitted(rows, targets)
     log_prob = reading.log_prob(rows, targets)
-    mixed = log_prob.mean(0) if likelihood == "average" else log_prob.logsumexp(0) - math.log(members)
+    mixed = log_prob.mean(0) if likelihood == "average" else log_mean_exp(log_prob)
     return -mixed.sum() / reading.count(targets).to(mixed.device)

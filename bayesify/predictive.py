@@ -5,7 +5,6 @@ Shapes: K members, S samples per member, B examples, C classes (or outputs). All
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bayesify.errors import DataError
-from bayesify.tasks import TASKS, Gaussian, TaskName
+from bayesify.tasks import TASKS, Gaussian, TaskName, Values, log_mean_exp
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,11 @@ class Predictive:
         return cls(arranged, "classification" if task == "segmentation" else task)
 
     @property
+    def has_classes(self) -> bool:
+        """Whether it gives probabilities, of classes or labels, and not moments of values."""
+        return not isinstance(TASKS[self.task], Values)
+
+    @property
     def binary(self) -> Predictive:
         """Of several labels: each label as a classification of two classes, [K, S, B, L, 2]."""
         self._needs("multilabel")
@@ -78,8 +82,7 @@ class Predictive:
     @property
     def log_probs(self) -> Tensor:
         """[B, C] log of the mixture's probabilities, by logsumexp over members and samples."""
-        members, samples = self.outputs.shape[:2]
-        return self.member_log_probs.logsumexp((0, 1)) - math.log(members * samples)
+        return log_mean_exp(self.member_log_probs, (0, 1))
 
     @property
     def probs(self) -> Tensor:

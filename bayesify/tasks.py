@@ -46,7 +46,7 @@ class Task:
 
     def mixture_log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """[B, ...] log-likelihood of each target under the mixture of the M outputs."""
-        return self.log_prob(outputs, targets).logsumexp(0) - math.log(len(outputs))
+        return log_mean_exp(self.log_prob(outputs, targets))
 
     def count(self, targets: Tensor) -> Tensor:
         """How many target values count: what a mean log-likelihood is divided by."""
@@ -60,7 +60,7 @@ class Classification(Task):
 
     def mixture(self, outputs: Tensor) -> Tensor:
         """The log of the mean probability."""
-        return outputs.float().log_softmax(self.class_dim).logsumexp(0) - math.log(len(outputs))
+        return log_mean_exp(outputs.float().log_softmax(self.class_dim))
 
     def fitted(self, outputs: Tensor, targets: Tensor) -> Tensor:
         outputs = resized(outputs, targets)
@@ -110,7 +110,14 @@ class MultiLabel(Task):
         return there.masked_fill(targets == IGNORED, 0.0)
 
 
-class Regression(Task):
+class Values(Task):
+    """Base of the tasks with real values as targets: all count, and those of an example have one log-likelihood."""
+
+    def count(self, targets: Tensor) -> Tensor:
+        return targets.new_tensor(max(1, targets.numel()), dtype=torch.int64)
+
+
+class Regression(Values):
     """Values [B, D] without a scale: the mean of a normal of variance 1; targets [B, D], or [B] for D = 1."""
 
     def fitted(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -118,19 +125,15 @@ class Regression(Task):
         return outputs
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """[M, B], summed over the values of an example."""
-        error = (outputs.float() - targets.to(outputs.device).view(outputs.shape[1:]).float()).square()
-        return _summed(-0.5 * (error + math.log(2 * math.pi)))
+        mean = outputs.float()
+        return _normal_log_prob(mean, torch.ones_like(mean), targets)
 
     def mixture_log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Of the mean alone: without a scale of its own, the spread of the members must not count as noise."""
         return self.log_prob(outputs.float().mean(0, keepdim=True), targets).squeeze(0)
 
-    def count(self, targets: Tensor) -> Tensor:
-        return targets.new_tensor(max(1, targets.numel()), dtype=torch.int64)
 
-
-class Gaussian(Regression):
+class Gaussian(Values):
     """Means and log variances, one after the other in the last dimension, [B, 2D]; targets [B, D], or [B] for D = 1."""
 
     def mixture(self, outputs: Tensor) -> Tensor:
@@ -151,19 +154,11 @@ class Gaussian(Regression):
         return outputs
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        mean, variance = self.moments(outputs)
-        error = (mean - targets.to(mean.device).view(mean.shape[1:]).float()).square()
-        return _summed(-0.5 * (error / variance + variance.log() + math.log(2 * math.pi)))
-
-    def mixture_log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return Task.mixture_log_prob(self, outputs, targets)
+        return _normal_log_prob(*self.moments(outputs), targets)
 
 
 class Members(Task):
     """Outputs that have no mean, as boxes of objects in no order: a call gives the rows of every member."""
-
-    def mixture(self, outputs: Tensor) -> Tensor:
-        return outputs.flatten(0, 1)
 
     def arranged(self, outputs: Tensor) -> Tensor:
         raise DataError(
@@ -228,6 +223,12 @@ def _transformers_task(name: str, config: object) -> TaskName | None:
     return "classification" if name.endswith(_CLASSIFIERS) else None
 
 
+def log_mean_exp(log_probs: Tensor, dim: int | tuple[int, ...] = 0) -> Tensor:
+    """The log of the mean of what the values are the logs of."""
+    dims = (dim,) if isinstance(dim, int) else dim
+    return log_probs.logsumexp(dims) - math.log(math.prod(log_probs.shape[d] for d in dims))
+
+
 def check_labels(targets: Tensor, num_classes: int) -> None:
     """Raise `DataError` if an integer label that counts lies outside 0 … num_classes − 1."""
     targets = targets[targets != IGNORED]
@@ -258,6 +259,8 @@ def _check_shape(targets: Tensor, outputs: Tensor) -> None:
         raise DataError(f"targets must have shape {wanted}; found {found}.")
 
 
-def _summed(log_probs: Tensor) -> Tensor:
-    """[M, B, ...] -> [M, B]."""
-    return log_probs.flatten(2).sum(-1) if log_probs.dim() > 2 else log_probs
+def _normal_log_prob(mean: Tensor, variance: Tensor, targets: Tensor) -> Tensor:
+    """[M, B] log density of the targets, summed over the values of an example, for moments [M, B, ...]."""
+    error = (mean - targets.to(mean.device).view(mean.shape[1:]).float()).square()
+    log_prob = -0.5 * (error / variance + variance.log() + math.log(2 * math.pi))
+    return log_prob.flatten(2).sum(-1) if log_prob.dim() > 2 else log_prob

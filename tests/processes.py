@@ -20,8 +20,17 @@ def two_processes() -> tuple[str, ...]:
     return ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}")
 
 
-def call_in_two_processes(function: Callable[[Path], Any], folder: Path) -> None:
-    """Call a function of a test module with a folder, in each of two processes."""
+def alone_and_together(function: Callable[[Path], Any], folder: Path) -> tuple[Path, Path]:
+    """Call a function of a test module with a folder here, and with another one in each of two processes."""
+    alone, together = folder / "alone", folder / "together"
+    for made in (alone, together):
+        made.mkdir()
+    function(alone)
+    _call_in_two_processes(function, together)
+    return alone, together
+
+
+def _call_in_two_processes(function: Callable[[Path], Any], folder: Path) -> None:
     file = Path(function.__code__.co_filename)
     script = folder / "script.py"
     script.write_text(

@@ -145,7 +145,7 @@ def _pixels(name: str, transform: Any) -> Any:
 
 
 def _rows(names: Sequence[str], predictive: Predictive, classes: Sequence[str], top: int) -> list[dict[str, Any]]:
-    if predictive.task in ("regression", "gaussian"):
+    if not predictive.has_classes:
         pairs = zip(predictive.mean.flatten(1).tolist(), predictive.variance.flatten(1).tolist(), strict=True)
         return [{"input": n, "mean": m, "variance": v} for n, (m, v) in zip(names, pairs, strict=True)]
     if predictive.probs.dim() > 2:

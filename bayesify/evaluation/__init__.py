@@ -100,7 +100,7 @@ def evaluate(
         predictive, targets = collect_labeled(network, data, task=task, description=title, **options)
         task = task or getattr(network, "task", None) or predictive.task
         predictions[title] = (predictive, targets)
-        if predictive.task in ("regression", "gaussian"):
+        if not predictive.has_classes:
             metrics[title] = regression_metrics(predictive, targets)
             continue
         scores = score(predictive, targets)

@@ -103,8 +103,7 @@ class Evaluation:
 
     def _draw(self, folder: Path) -> dict[str, str]:
         """Write the pictures; {file name: caption}."""
-        classes = ("classification", "multilabel")
-        drawable = {name: answers(*pair) for name, pair in self.predictions.items() if pair[0].task in classes}
+        drawable = {name: answers(*pair) for name, pair in self.predictions.items() if pair[0].has_classes}
         if not drawable:
             return {}
         from bayesify.evaluation import plots  # matplotlib only when there is something to draw

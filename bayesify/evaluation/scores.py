@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bayesify.errors import DataError
 from bayesify.predictive import Predictive
-from bayesify.tasks import IGNORED, TASKS
+from bayesify.tasks import IGNORED
 
 CHUNK_ELEMENTS = 2**24  # outputs turned into probabilities at a time: bounds memory at ImageNet size
 
@@ -87,8 +87,7 @@ def answers(predictive: Predictive, targets: Tensor) -> tuple[Predictive, Tensor
     answers. Targets of −100 are left out.
     """
     if predictive.task == "multilabel":
-        TASKS["multilabel"].fitted(predictive.outputs.flatten(0, 1), targets)
-        predictive, targets = predictive.binary, targets.long()
+        predictive, targets = predictive.fitted(targets).binary, targets.long()
     if predictive.task != "classification":
         raise DataError(f"classification metrics need a classification predictive; found {predictive.task}.")
     outputs, targets = predictive.fitted(targets).outputs.flatten(2, -2), targets.flatten()

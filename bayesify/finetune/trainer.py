@@ -188,15 +188,13 @@ class FineTuner:
         for number in range(forwards):
             if number % config.train_samples == 0:
                 args, kwargs, labels = split_batch(send_to_device(next(batches), accelerator.device))
-            own_loss = _has_own_loss(kwargs, labels)
-            if labels is None and not own_loss:
+            own = _for_own_loss(kwargs, labels)
+            if labels is None and own is None:
                 raise DataError("a training batch has no labels; expected (inputs, labels) or a mapping with 'labels'.")
             last = number == forwards - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                if own_loss and labels is not None:
-                    kwargs["labels"] = labels
-                output = model(*args, **kwargs)
-                terms: ELBOTerms = objective(output, None if own_loss else labels, step)
+                output = model(*args, **(kwargs if own is None else own))
+                terms: ELBOTerms = objective(output, labels if own is None else None, step)
                 means = accelerator.reduce(torch.stack([terms.loss.detach(), terms.nll.detach()]), "mean")
                 loss, nll = means.tolist()  # type: ignore[union-attr]
                 if not math.isfinite(loss):
@@ -239,8 +237,6 @@ class FineTuner:
         totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
         for number, batch in enumerate(loader):
             args, kwargs, labels = split_batch(send_to_device(batch, accelerator.device))
-            if labels is None and not _has_own_loss(kwargs, labels):
-                raise DataError("a validation batch has no labels.")
             with accelerator.autocast():
                 totals += torch.tensor(self._scores(args, kwargs, labels, config.seed + number), device=totals.device)
         nll, count, right, answers = accelerator.reduce(totals, "sum").tolist()  # type: ignore[union-attr]
@@ -248,15 +244,17 @@ class FineTuner:
 
     def _scores(self, args: Any, kwargs: Any, labels: Tensor | None, seed: int) -> list[float]:
         """NLL summed over a batch, its count, right answers, and theirs (0 where there are no classes)."""
-        if labels is None or _has_own_loss(kwargs, labels):
+        own = _for_own_loss(kwargs, labels)
+        if own is not None:
             self.model.eval()
-            given = {} if labels is None else {"labels": labels}
             network = self.model.model if isinstance(self.model, BayesianModel) else self.model
             count = Rows(network).batch_size(args, kwargs)
-            return [float(self.model(*args, **kwargs, **given).loss) * count, count, 0.0, 0.0]
+            return [float(self.model(*args, **own).loss) * count, count, 0.0, 0.0]
+        if labels is None:
+            raise DataError("a validation batch has no labels.")
         predictive = self._predict(args, kwargs, seed).fitted(labels)
         count = float(TASKS[predictive.task].count(labels))
-        nll = float(predictive.nll(labels)) * count
+        nll = -float(predictive.log_prob(labels).sum())
         if predictive.task != "classification":
             return [nll, count, 0.0, 0.0]
         right = (predictive.probs.argmax(-1) == labels).sum()
@@ -317,12 +315,15 @@ class FineTuner:
         return progress, best
 
 
-def _has_own_loss(kwargs: dict[str, Any], labels: Tensor | None) -> bool:
-    """Labels for each token are shifted and masked by a transformers model itself, so its loss is taken; and so it is
-    for labels of other names or kinds (start_positions, the objects of images)."""
+def _for_own_loss(kwargs: dict[str, Any], labels: Tensor | None) -> dict[str, Any] | None:
+    """The keyword inputs with which a network computes its loss itself; `None` where the loss is ours.
+
+    Labels for each token are shifted and masked by a transformers model, so its loss is taken; and so it is for labels
+    of other names or kinds (start_positions, the objects of images).
+    """
     if labels is None:
-        return any(name.endswith(("labels", "_positions")) for name in kwargs)
-    return labels.dim() > 1 and bool(kwargs)
+        return kwargs if any(name.endswith(("labels", "_positions")) for name in kwargs) else None
+    return {**kwargs, "labels": labels} if labels.dim() > 1 and kwargs else None
 
 
 def _accelerator(config: FineTuneConfig, output: Path | None) -> Accelerator:

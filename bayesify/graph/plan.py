@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bayesify.errors import ConversionError
-from bayesify.layers import functional_sizes, weight_sizes
+from bayesify.layers import Derived, functional_sizes, weight_sizes
 
 
 @dataclass
@@ -18,16 +18,15 @@ class Plan:
 
     `functional` has the modules that use parameters in their own code, which are among the `layers`, too: {module:
     {path of a parameter, with "/" for ".": roles of its dimensions}}. `batch_dims` has the sites whose inputs carry
-    the batch elsewhere than in their first dimension (`unsettled`: this is still to be seen on inputs); `fused` the
-    layers of torch.nn whose fused kernel would go past what is converted in them, `gathering` the modules that hand
-    single tokens to what is converted in them.
+    the batch elsewhere than in their first dimension (`unsettled`: this is still to be seen on inputs); `wrapped` the
+    modules that must behave otherwise for the sake of what is converted in them, with what they become: layers of
+    torch.nn whose fused kernel would go past it, and modules that hand single tokens to it.
     """
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
     functional: dict[str, dict[str, str]] = field(default_factory=dict)
     norms: dict[str, _BatchNorm] = field(default_factory=dict)
-    fused: dict[str, nn.Module] = field(default_factory=dict)
-    gathering: dict[str, nn.Module] = field(default_factory=dict)
+    wrapped: dict[str, tuple[nn.Module, type[Derived]]] = field(default_factory=dict)
     batch_dims: dict[str, int] = field(default_factory=dict)
     unsettled: bool = False
     skipped: dict[str, str] = field(default_factory=dict)

@@ -18,11 +18,10 @@ from bayesify.layers import (
     Site,
     attach,
     attach_functional,
-    attach_gathering,
     attach_norm,
-    attach_unfused,
     bias_of,
     detach,
+    wrap,
 )
 
 
@@ -33,12 +32,9 @@ def swap(plan: Plan, config: Rank1Config) -> None:
         for name, layer in plan.layers.items():
             done.append(layer)
             _convert(name, layer, plan, config)
-        for layer in plan.fused.values():
-            done.append(layer)
-            attach_unfused(layer)
-        for module in plan.gathering.values():
+        for module, family in plan.wrapped.values():
             done.append(module)
-            attach_gathering(module)
+            wrap(module, family)
         for norm in plan.norms.values():
             done.append(norm)
             attach_norm(norm, config.members)

@@ -18,7 +18,7 @@ from bayesify.graph.inputs import Inputs, derive_inputs
 from bayesify.graph.layout import known_dims, may_move_batch, observed_dims
 from bayesify.graph.plan import Plan, join, site_name
 from bayesify.graph.uses import Uses
-from bayesify.layers import FUSED, hands_tokens_on, is_exact, is_linear, rank1_class
+from bayesify.layers import FUSED, Gathering, Unfused, hands_tokens_on, is_exact, is_linear, rank1_class
 
 
 def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = None) -> Plan:
@@ -173,7 +173,7 @@ def _apply_patterns(plan: Plan, config: Rank1Config, candidates: list[str]) -> N
             )
     for name in list(plan.layers):
         for weight in list(plan.functional.get(name, ["weight"])):
-            reason = _left_out(site_name(name, weight) if name in plan.functional else name, config)
+            reason = _left_out(site_name(name, weight), config)
             if reason is not None:
                 plan.drop(name, weight, reason)
     for name in list(plan.norms):
@@ -202,9 +202,10 @@ def _settle_attention(model: nn.Module, plan: Plan) -> None:
 def _settle_surroundings(model: nn.Module, plan: Plan) -> None:
     """Modules that must be taken care of for the sake of what is converted inside them."""
     for name, module in model.named_modules():
-        fused, gathering = isinstance(module, FUSED), hands_tokens_on(type(module)) and name not in plan.layers
-        if (fused or gathering) and any(layer.startswith(join(name, "")) for layer in plan.layers):
-            (plan.fused if fused else plan.gathering)[name] = module
+        gathering = hands_tokens_on(type(module)) and name not in plan.layers
+        family = Unfused if isinstance(module, FUSED) else Gathering if gathering else None
+        if family is not None and any(layer.startswith(join(name, "")) for layer in plan.layers):
+            plan.wrapped[name] = (module, family)
 
 
 def _find_batch(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:

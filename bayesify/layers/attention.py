@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesify.layers.linear import fold_matrix
-from bayesify.layers.registry import Derived, Rank1Layer, derived_class, rank1, replace_class
+from bayesify.layers.registry import Derived, Rank1Layer, rank1
 from bayesify.layers.site import Site
 
 OUT_BATCH_DIM = 1
@@ -166,8 +166,3 @@ def _no_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def attach_unfused(layer: nn.Module) -> None:
-    """Turn the fused kernel of a layer off, in place."""
-    replace_class(layer, derived_class(Unfused, type(layer)), nn.Module())

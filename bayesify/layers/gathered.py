@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bayesify.layers.registry import Derived, derived_class, replace_class
+from bayesify.layers.registry import Derived
 from bayesify.layers.site import TAKEN
 
 
@@ -41,11 +41,6 @@ class Gathering(Derived):
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             TAKEN.reset(before)
-
-
-def attach_gathering(module: nn.Module) -> None:
-    """Watch how a module takes tokens, in place."""
-    replace_class(module, derived_class(Gathering, type(module)), nn.Module())
 
 
 class _Watch(TorchFunctionMode):

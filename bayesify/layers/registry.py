@@ -47,6 +47,11 @@ def derived_class(family: type[Derived], cls: type[nn.Module]) -> type[Derived]:
     return type(f"{family.prefix}{cls.__name__}", (family, cls), {"__module__": __name__})
 
 
+def wrap(layer: nn.Module, family: type[Derived]) -> None:
+    """Turn a layer into one of a family that adds nothing to its state, in place."""
+    replace_class(layer, derived_class(family, type(layer)), nn.Module())
+
+
 def _blank(family: type[Derived], cls: type[nn.Module]) -> Derived:
     """A layer for pickle to fill, which does not find classes by name that are made when needed."""
     derived = derived_class(family, cls)

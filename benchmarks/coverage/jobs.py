@@ -68,7 +68,7 @@ def versions() -> dict[str, str]:
 
     root = Path(bayesify.__file__).parent
     digest = hashlib.sha256()
-    parts = ("convert.py", "model.py", "batch.py", "graph/*.py", "layers/*.py")
+    parts = ("convert.py", "model.py", "batch.py", "tasks.py", "graph/*.py", "layers/*.py")
     for path in sorted(p for part in parts for p in root.glob(part)):
         digest.update(path.read_bytes())
     found = {module.__name__: str(module.__version__) for module in (torch, timm, transformers)}

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from processes import call_in_two_processes
+from processes import alone_and_together
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -111,11 +111,7 @@ def train_and_save(folder: Path) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    alone.mkdir()
-    together.mkdir()
-    train_and_save(alone)
-    call_in_two_processes(train_and_save, together)
+    alone, together = alone_and_together(train_and_save, tmp_path)
     expected, found = (load_file(folder / "state.safetensors") for folder in (alone, together))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import call_in_two_processes
+from processes import alone_and_together
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
@@ -558,11 +558,7 @@ def both_posteriors(folder: Path) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    alone.mkdir()
-    together.mkdir()
-    both_posteriors(alone)
-    call_in_two_processes(both_posteriors, together)
+    alone, together = alone_and_together(both_posteriors, tmp_path)
     checkpoint = json.loads((together / "normal" / "checkpoint" / "checkpoint.json").read_text())
     assert checkpoint["progress"]["run"]["processes"] == 2
     for posterior in ("deterministic", "normal"):
