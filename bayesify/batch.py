@@ -26,10 +26,13 @@ _PACKED_INPUTS = {
 """Images of vision–language models: those of all examples one after the other, however many each has."""
 _LOGITS = {"logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits"}
 """Outputs that the task of a model is about; all others are averaged."""
-_OF_SEVERAL_ROWS = ("logits", "hidden_state", "hidden_states", "embeds", "pooler_output")
+_GRID = "grid_thw"
+"""The input of a vision tower by itself that has a row for each image; of the images there are all patches."""
+_OF_SEVERAL_ROWS = ("logits", "hidden_state", "hidden_states", "embeds", "pooler_output", "features")
 """Ends of the names of outputs that may have several rows of each example: its frames, patches or codebooks."""
-_PAIRWISE_OUTPUTS = {"logits_per_image", "logits_per_text", "logits_per_video", "logits_per_audio"}
-"""Similarities [B, B] of contrastive models: of K·B by K·B, only those within a member have a meaning."""
+_PAIRWISE_OUTPUTS = "logits_"
+"""Starts of the names of similarities [B, B] in contrastive models: of K·B by K·B, only those within a member have a
+meaning."""
 
 
 class Rows:
@@ -41,7 +44,9 @@ class Rows:
         self.input_dim = 0 if not self.recurrent or model.batch_first else 1
 
     def batch_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        """B, read from the main input or else the first tensor."""
+        """B, read from the main input or else the first tensor; images, where a tower gets the patches of all."""
+        if isinstance(kwargs.get(_GRID), Tensor):
+            return len(kwargs[_GRID])
         main = kwargs.get(self.main) if isinstance(self.main, str) else None
         for value in (main, *args, *kwargs.values()):
             for leaf in _leaves(value):
@@ -57,6 +62,9 @@ class Rows:
         """Repeat every input that carries the batch `members` times."""
         if members == 1:
             return args, dict(kwargs)
+        if isinstance(kwargs.get(_GRID), Tensor):
+            args, named = map_tensors((args, dict(kwargs)), lambda t: _repeat(t, t.shape[0], members, 0))
+            return args, named
         batch = self.batch_size(args, kwargs)
         expanded = tuple(
             map_tensors(value, lambda t, d=self._dim(i): _repeat(t, batch, members, d)) for i, value in enumerate(args)
@@ -165,29 +173,43 @@ def _reduce(output: Any, members: int, batch: int, task: TaskName | None, named_
     def tensor(value: Any, name: str | None) -> Any:
         if isinstance(value, PackedSequence):
             return _mean(value, members, 0)
-        if name in _PAIRWISE_OUTPUTS and value.shape == (members * batch, members * batch):
+        if name is not None and name.startswith(_PAIRWISE_OUTPUTS) and value.shape == (members * batch,) * 2:
             value = torch.cat(diagonal_blocks(value, members))
-        rows = value.shape[0] if value.dim() else 0
-        several = rows % (members * batch) == 0 and name is not None and name.endswith(_OF_SEVERAL_ROWS)
-        if rows == 0 or (rows != members * batch and not several):
+        dim = _rows_dim(value.shape, members * batch, name)
+        if dim is None:
             return value
         if not value.is_floating_point():
-            return value[: rows // members]
+            return value.narrow(dim, 0, value.shape[dim] // members)
         if name not in _LOGITS and (name is not None or named_logits):
-            return _mean(value, members, 0)
+            return _mean(value, members, dim)
         return TASKS[resolve_task(value, task)].mixture(value.unflatten(0, (members, -1))).to(value.dtype)
 
-    def named(fields: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: map_tensors(value, lambda t, n=name: tensor(t, n)) for name, value in fields.items()}
+    def reduced(value: Any, name: str | None) -> Any:
+        if isinstance(value, Mapping):
+            items = {n: reduced(v, n) for n, v in value.items()}
+            return type(value)(**items) if dataclasses.is_dataclass(value) else type(value)(items)  # type: ignore[call-arg]
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {f.name: reduced(getattr(value, f.name), f.name) for f in dataclasses.fields(value)}
+            return dataclasses.replace(value, **fields)
+        return map_tensors(value, lambda t: tensor(t, name))
 
-    if isinstance(output, Mapping):
-        items = named(output)
-        return type(output)(**items) if dataclasses.is_dataclass(output) else type(output)(items)  # type: ignore[call-arg]
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return dataclasses.replace(
-            output, **named({f.name: getattr(output, f.name) for f in dataclasses.fields(output)})
-        )
-    return map_tensors(output, lambda t: tensor(t, None))
+    return reduced(output, None)
+
+
+def _rows_dim(shape: torch.Size, rows: int, name: str | None) -> int | None:
+    """Which dimension of an output holds the K·B rows, or several for each; `None` if there is none."""
+    if not shape:
+        return None
+    if shape[0] == rows:
+        return 0
+    if name is None or not name.endswith(_OF_SEVERAL_ROWS):
+        return None
+    if shape[0] and shape[0] % rows == 0:
+        return 0
+    if len(shape) < 3 or name in _LOGITS:
+        return None
+    second = shape[1] == rows or (shape[0] == 1 and shape[1] % rows == 0)  # [T, rows, d], or all tokens in one row
+    return 1 if second else None
 
 
 def diagonal_blocks(value: Tensor, members: int) -> list[Tensor]:

@@ -19,6 +19,10 @@ class DataError(BayesifyError):
     """A data set, a batch or a label does not fit the model."""
 
 
+class RowsError(BayesifyError):
+    """A layer got rows that its factors do not fit: its input has the batch elsewhere than was thought."""
+
+
 class FormatError(BayesifyError):
     """A file or folder is missing, truncated, foreign or of a newer format."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from bayesify.added import Added, Held
 from bayesify.batch import Rows, add_to_loss
 from bayesify.config import NetworkConfig, Rank1Config
 from bayesify.distributions import CLIP, Factor, kl_divergence
-from bayesify.errors import BayesifyError, DataError
+from bayesify.errors import BayesifyError, DataError, RowsError
 from bayesify.graph import ConversionReport, observed_dims, restore, site_name
 from bayesify.layers import (
     MemberNorm,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from bayesify.hub import Origin
 
 Expansion = Literal["replicate", "partition"]
+T = TypeVar("T")
 
 
 class BayesianModel(nn.Module):
@@ -127,8 +128,9 @@ class BayesianModel(nn.Module):
         """The network's own call; see the class for what comes back."""
         if labels is not None:  # named in the signature because transformers' Trainer looks for labels there
             kwargs["labels"] = labels
-        if self.report.unsettled:
-            self.settle(args, kwargs)
+        return self.settled(lambda: self._called(args, kwargs), args, kwargs)
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rows = Rows(self.model)
         batch = rows.batch_size(args, kwargs)
         examples = batch
@@ -174,8 +176,6 @@ class BayesianModel(nn.Module):
             if value is not None and value < 1:
                 raise DataError(f"{name} must be at least 1; found {value}.")
         kwargs.pop("labels", None)
-        if self.report.unsettled:
-            self.settle(args, kwargs)
         rows = Rows(self.model)
         batch = rows.batch_size(args, kwargs)
         chunk = min(member_chunk or self.members, self.members)
@@ -183,12 +183,16 @@ class BayesianModel(nn.Module):
             seed = int(torch.randint(2**62, ()))
         chunks = [slice(start, min(start + chunk, self.members)) for start in range(0, self.members, chunk)]
         keys = [None] if samples is None else [(seed, sample) for sample in range(samples)]
-        with evaluating(self), torch.no_grad():
+
+        def call() -> Tensor:
             draws = [
                 torch.cat([self._outputs(rows, args, kwargs, batch, members, key) for members in chunks])
                 for key in keys
             ]
-        outputs = torch.stack(draws, 1)
+            return torch.stack(draws, 1)
+
+        with evaluating(self), torch.no_grad():
+            outputs = self.settled(call, args, kwargs)
         return Predictive.of(outputs, resolve_task(outputs[0, 0], self.task))
 
     def _outputs(self, rows: Rows, args: Any, kwargs: Any, batch: int, members: slice, key: Any) -> Tensor:
@@ -197,7 +201,7 @@ class BayesianModel(nn.Module):
         args, kwargs = rows.expand(args, kwargs, count)
         with self._drawn(members, batch, seed=key):
             output = rows.outputs(self.model(*args, **kwargs))
-        return output.movedim(rows.input_dim, 0).unflatten(0, (count, batch))
+        return output.movedim(rows.input_dim, 0).unflatten(0, (count, -1))
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **options: Any) -> Generation:
         """Text from the predictive, with the doubt of every token; see `bayesify.generation.generate`."""
@@ -205,19 +209,37 @@ class BayesianModel(nn.Module):
 
         return generate(self, inputs, generation_config, **options)
 
-    def settle(self, args: Any = (), kwargs: Any = None) -> None:
-        """See on the first inputs where the batch is in each layer, if nothing told at the conversion."""
+    def settled(self, call: Callable[[], T], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> T:
+        """Make a call on inputs, and see on them where the batch is in each layer, as far as nothing told before.
+
+        That is at the first call after the conversion if the model's code moves the batch, and whenever a layer finds
+        rows that do not fit its factors.
+        """
+        if self.report.unsettled:
+            self._settle(args, kwargs or {})
+        try:
+            return call()
+        except RowsError:
+            if not self._settle(args, kwargs or {}):
+                raise
+            return call()
+
+    def _settle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Look for the batch; returns whether anything new was found."""
+        self._release()
         self.report.unsettled = False
         known = self.report.batch_dims
         layers = dict(self.layers())
         functional = {name: layer.rank1.roles for name, layer in layers.items() if isinstance(layer, Rank1Functional)}
-        observe: Any = torch.compiler.disable(observed_dims)  # it runs a copy of the network on shapes alone
-        found = observe(self.model, (args, kwargs or {}), layers, functional) or {}
+        observe: Any = torch.compiler.disable(observed_dims)  # it runs the network, or a copy of it on shapes alone
+        found = observe(self.model, (args, kwargs), layers, functional, values=True) or {}
+        before = len(known)
         for name, layer in layers.items():
             for weight, site in layer.rank1.items():
                 path = site_name(name, weight)
                 if found.get(path) and path not in known:
                     known[path] = site.batch_dim = found[path]  # type: ignore[assignment]
+        return len(known) > before
 
     # -------------------------------------------------------------------------------------------- draws
 
@@ -227,9 +249,12 @@ class BayesianModel(nn.Module):
         try:
             yield
         finally:
-            for module in self.model.modules():
-                if isinstance(module, Held):
-                    module.hold(None)
+            self._release()
+
+    def _release(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, Held):
+                module.hold(None)
 
     def _hold(self, members: slice, examples: int, seed: Any) -> bool:
         """Give every factor its draw: [k·B, d] rows for noise per example, [k, d] per member or at the mean.

@@ -97,8 +97,6 @@ def generate(
         raise DataError(f"samples must be at least 1; found {samples}.")
     model: Any = bnn.model
     config = check_supported(bnn, generation_config, options)
-    if bnn.report.unsettled:
-        bnn.settle(kwargs=_first_call(model, inputs, options))
     if samples is not None and seed is None:
         seed = int(torch.randint(2**62, ()))
     doubt = Doubt()
@@ -112,8 +110,12 @@ def generate(
         options = {name: value for name, value in options.items() if name not in internal}
     copies = max(config.num_beams or 1, config.num_return_sequences or 1)
     networks = Networks(bnn, samples, seed, copies, doubt)
-    with evaluating(bnn), torch.no_grad(), networks.running():
-        output = model.generate(inputs, generation_config, **options)
+
+    def write() -> Any:
+        with evaluating(bnn), torch.no_grad(), networks.running():
+            return model.generate(inputs, generation_config, **options)
+
+    output = bnn.settled(write, kwargs=_first_call(model, inputs, options))
     entropy, mutual_information = doubt.of_tokens(
         output.sequences, output.get("beam_indices"), config.eos_token_id, config.pad_token_id
     )
@@ -125,7 +127,7 @@ def generate(
 
 
 def _first_call(model: Any, inputs: Tensor | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Inputs of one call of the network with the prompts, to see on shapes where the batch is in each layer."""
+    """Inputs of one call of the network with the prompts, to see where the batch is in each layer."""
     call = {name: value for name, value in options.items() if isinstance(value, Tensor)}
     main = str(model.main_input_name)
     if inputs is not None:

@@ -49,6 +49,7 @@ class Networks:
     def running(self) -> Iterator[None]:
         """Inside, calls of the network (and of its encoder) are those of all networks; afterwards it is as it was."""
         model: Any = self.bnn.model
+        self.drawn = False
         with ExitStack() as stack, self.bnn._drawn(slice(None), 1, seed=None):
             handles = [
                 model.register_forward_pre_hook(self._enter, with_kwargs=True),

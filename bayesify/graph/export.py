@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +29,7 @@ def export_uses(model: nn.Module, inputs: Inputs) -> Exported | None:
     """The linear operations of the model on the given inputs, or `None` where it cannot be exported."""
     args, kwargs = inputs
     try:
-        with evaluating(model), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
+        with evaluating(model), torch.random.fork_rng(devices=[]), _quiet():
             kwargs = {**kwargs, **_no_cache(model)}
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception:
@@ -42,6 +45,19 @@ def export_uses(model: nn.Module, inputs: Inputs) -> Exported | None:
         program.graph.nodes, parameter_of, lambda node: node.op == "placeholder" and node.name in user_inputs
     )
     return Exported([(_owner(use.node), use) for use in uses], parameter_of)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Export prints and logs the whole graph where it fails, which is no error here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _owner(node: fx.Node) -> str:

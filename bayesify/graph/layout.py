@@ -1,4 +1,4 @@
-"""Where the batch is in the inputs of each layer: watched in a run that computes shapes only."""
+"""Where the batch is in the inputs of each layer: seen in runs on more and more rows, of shapes alone if possible."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import ast
 import copy
 import inspect
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from bayesify.batch import Rows, map_tensors
 from bayesify.graph.inputs import Inputs
 from bayesify.graph.plan import join, site_name
-from bayesify.layers import OUT_BATCH_DIM, Rank1Layer, Site, rank1_class, watch_products
+from bayesify.layers import OUT_BATCH_DIM, Rank1Layer, Site, rank1_class, watched_products
 from bayesify.modes import evaluating
 
 _TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -62,7 +63,11 @@ def known_dims(model: nn.Module) -> dict[str, int]:
 
 
 def observed_dims(
-    model: nn.Module, inputs: Inputs, layers: Iterable[str], functional: Mapping[str, Mapping[str, str]]
+    model: nn.Module,
+    inputs: Inputs,
+    layers: Iterable[str],
+    functional: Mapping[str, Mapping[str, str]],
+    values: bool = False,
 ) -> dict[str, int] | None:
     """{site: dimension of its input that carries the batch}, where the answer is unambiguous.
 
@@ -72,16 +77,17 @@ def observed_dims(
     Args:
         layers: of these, dense layers and embeddings are looked at; the others say themselves where the batch is.
         functional: products in the code of modules, see `Plan`.
+        values: where it does not run on shapes alone, run it on the values, too: five times the work of one call.
     """
     names = [name for name in layers if name not in functional and _takes_any_shape(model.get_submodule(name))]
-    if any(is_quantized(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        return None  # low-bit storage has no rule for shapes alone
     if not names and not functional:
         return {}
-    try:
-        small, large = (_shapes(model, inputs, names, functional, times) for times in (2, 3))
-    except Exception:
-        return None  # control flow on values, or an operation without a rule for shapes
+    seen = _grown_shapes(_run_on_shapes, model, inputs, names, functional)
+    if seen is None and values:
+        seen = _grown_shapes(_run_on_values, model, inputs, names, functional)
+    if seen is None:
+        return None
+    small, large = seen
     found: dict[str, int] = {}
     for name, shapes in small.items():
         pairs = list(zip(shapes, large[name], strict=False))
@@ -104,33 +110,60 @@ def _takes_any_shape(layer: nn.Module) -> bool:
     return equivalent is not None and equivalent.channel_dim == -1
 
 
-def _shapes(
-    model: nn.Module, inputs: Inputs, names: list[str], functional: Mapping[str, Mapping[str, str]], times: int
-) -> dict[str, list[torch.Size]]:
-    """By site, call by call: shapes of what dense layers give, whose inputs have the batch where their outputs do, and
-    of what the code of modules multiplies with parameters."""
-    args, kwargs = Rows(model).expand(*inputs, times)
-    shapes: dict[str, list[torch.Size]] = {name: [] for name in names}
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), torch.random.fork_rng(devices=[]):
-        twin = _shape_twin(model, mode)
+_Shapes = dict[str, list[torch.Size]]
+"""By site, call by call: shapes of what dense layers give, whose inputs have the batch where their outputs do, and of
+what the code of modules multiplies with parameters."""
 
-        def watch(name: str) -> Any:
-            def hook(_: nn.Module, args: Any, output: Any) -> None:
-                first = output[0] if isinstance(output, tuple) else output
-                if isinstance(first, Tensor):
-                    shapes[name].append(first.shape)
 
-            return hook
+def _grown_shapes(
+    run: Any, model: nn.Module, inputs: Inputs, names: list[str], functional: Mapping[str, Mapping[str, str]]
+) -> tuple[_Shapes, _Shapes] | None:
+    """Shapes with two and with three times the batch."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            small, large = (run(model, Rows(model).expand(*inputs, times), names, functional) for times in (2, 3))
+    except Exception:
+        return None  # control flow on values, or an operation without a rule for shapes
+    return small, large
 
+
+def _run_on_shapes(
+    model: nn.Module, inputs: Inputs, names: list[str], functional: Mapping[str, Mapping[str, str]]
+) -> _Shapes:
+    if any(is_quantized(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise NotImplementedError("low-bit storage has no rule for shapes alone")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        args, kwargs = (map_tensors(part, mode.from_tensor) for part in inputs)
+        return _run_on_values(_shape_twin(model, mode), (args, kwargs), names, functional)
+
+
+def _run_on_values(
+    model: nn.Module, inputs: Inputs, names: list[str], functional: Mapping[str, Mapping[str, str]]
+) -> _Shapes:
+    with evaluating(model), _noted_shapes(model, names, functional) as shapes:
+        model(*inputs[0], **inputs[1])
+    return shapes
+
+
+@contextmanager
+def _noted_shapes(model: nn.Module, names: list[str], functional: Mapping[str, Mapping[str, str]]) -> Iterator[_Shapes]:
+    shapes: _Shapes = {name: [] for name in names}
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, Tensor):
+                shapes[name].append(first.shape)
+
+        return hook
+
+    with ExitStack() as undo:
         for name in names:
-            twin.get_submodule(name).register_forward_hook(watch(name))
+            undo.callback(model.get_submodule(name).register_forward_hook(watch(name)).remove)
         for name, roles in functional.items():
             recorders = {path: _Recorder(shapes.setdefault(site_name(name, path), [])) for path in roles}
-            watch_products(twin.get_submodule(name), recorders, roles)
-        args, kwargs = (map_tensors(part, mode.from_tensor) for part in (args, kwargs))
-        with evaluating(twin):
-            twin(*args, **kwargs)
-    return shapes
+            undo.enter_context(watched_products(model.get_submodule(name), recorders, roles))
+        yield shapes
 
 
 class _Recorder(Site):

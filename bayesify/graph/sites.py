@@ -210,16 +210,18 @@ def _settle_surroundings(model: nn.Module, plan: Plan) -> None:
 
 def _find_batch(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
     """Which dimension of each layer's input carries the batch, where it may not be the first."""
-    found = known_dims(model)
+    found, given = known_dims(model), inputs is not None
     moves = inputs is None and may_move_batch(model)
     if moves or (inputs is None and any(isinstance(layer, nn.Embedding) for layer in plan.layers.values())):
         inputs = derive_inputs(model)
-    observed = observed_dims(model, inputs, plan.layers, plan.functional) if inputs is not None else None
+    observed = None
+    if inputs is not None:
+        observed = observed_dims(model, inputs, plan.layers, plan.functional, values=given)
     if observed is not None:
         found = observed | found
         for name in [n for n, layer in plan.layers.items() if isinstance(layer, nn.Embedding) and n not in observed]:
             plan.skip(name, "its indices do not carry the batch: they are the same for every example")
-    plan.unsettled = (moves or plan.unsettled) and inputs is None
+    plan.unsettled = (moves or plan.unsettled) and observed is None
     plan.batch_dims = {name: found[name] for name in plan.sites() if found.get(name)}
 
 

@@ -7,7 +7,7 @@ from bayesify.layers.attention import Unfused as Unfused
 from bayesify.layers.functional import Rank1Functional as Rank1Functional
 from bayesify.layers.functional import attach_functional as attach_functional
 from bayesify.layers.functional import functional_sizes as functional_sizes
-from bayesify.layers.functional import watch_products as watch_products
+from bayesify.layers.functional import watched_products as watched_products
 from bayesify.layers.gathered import Gathering as Gathering
 from bayesify.layers.gathered import hands_tokens_on as hands_tokens_on
 from bayesify.layers.members import MemberVector as MemberVector

@@ -8,7 +8,8 @@ beneath: every element of a parameter knows its index among the inputs (where s 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from bayesify.errors import BayesifyError, ConversionError
 from bayesify.layers.operations import Operation, arguments_of, arranged, letters, operation_of, with_argument
-from bayesify.layers.registry import Derived, Rank1Layer, derived_class, replace_class
+from bayesify.layers.registry import Derived, Rank1Layer, derived_class, detach, replace_class
 from bayesify.layers.site import AdditiveSite, Site, repeat_rows
 
 VIEWS = {
@@ -86,12 +87,21 @@ def attach_functional(module: nn.Module, sites: Mapping[str, Site], roles: Mappi
     replace_class(module, derived_class(Rank1Functional, type(module)), FunctionalSites(sites, roles))
 
 
-def watch_products(module: nn.Module, sites: Mapping[str, Site], roles: Mapping[str, str]) -> None:
-    """The same for a module that may have become one already; its sites are replaced."""
+@contextmanager
+def watched_products(module: nn.Module, sites: Mapping[str, Site], roles: Mapping[str, str]) -> Iterator[None]:
+    """The same for a while, and for a module that may have become one already: its own sites are put aside."""
+    own = module.rank1 if isinstance(module, Rank1Functional) else None
     if isinstance(module, Rank1Functional):
         module.rank1 = FunctionalSites(sites, roles)
     else:
         attach_functional(module, sites, roles)
+    try:
+        yield
+    finally:
+        if own is not None:
+            module.rank1 = own
+        else:
+            detach(module)  # type: ignore[arg-type]
 
 
 class Indices:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesify.distributions import Factor
-from bayesify.errors import BayesifyError
+from bayesify.errors import RowsError
 from bayesify.layers.members import MemberVector
 
 TAKEN: ContextVar[tuple[Tensor, int] | None] = ContextVar("TAKEN", default=None)
@@ -129,7 +129,7 @@ def repeat_rows(draw: Tensor, rows: int) -> Tensor:
     if drawn in (1, rows):
         return draw
     if rows % drawn:
-        raise BayesifyError(
+        raise RowsError(
             f"a rank-1 layer got {rows} rows, which is no multiple of the {drawn} rows of its factors. Call the "
             "BayesianModel, not the network inside it; if you do, this layer's input does not carry the batch in "
             "its first dimension: leave the layer out with exclude=."

@@ -126,8 +126,9 @@ def _check(build: Callable[[], tuple[nn.Module, Inputs]], give_inputs: bool) -> 
             bnn = bayesify(model, members=MEMBERS, init="ones", posterior_scale=0.0, example_inputs=example)
             row |= account.of(bnn.report, base.linear)
         with step("identity"):
+            found = base.call(bnn)  # first, as users would: where the batch is may be seen on the first inputs
             row["identity"] = base.identity_of(bnn)
-            _check_identity(base, bnn, row)
+            _check_identity(base, bnn, found, row)
         with step("probe"):
             _probe(bnn, base, row)
             if row["silent"]:
@@ -209,6 +210,12 @@ class _Base:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         torch.manual_seed(1)
         return real_tensors(self.model(*args, **kwargs))
+
+    @torch.no_grad()
+    def call(self, bnn: BayesianModel) -> list[Tensor]:
+        """The real outputs of the Bayesian model's own call, the predictive, on the examples."""
+        torch.manual_seed(1)
+        return real_tensors(bnn.eval()(*self.inputs[0], **self.inputs[1]))
 
     def identity_of(self, bnn: BayesianModel) -> float:
         """The error of the converted network, at factors of 1, on the same repeated rows."""
@@ -329,14 +336,11 @@ def hold(bnn: BayesianModel, rows: int, spread: float) -> dict[tuple[str, str, s
     return draws
 
 
-def _check_identity(base: _Base, bnn: BayesianModel, row: Row) -> None:
+def _check_identity(base: _Base, bnn: BayesianModel, found: list[Tensor], row: Row) -> None:
     if not row["identity"] <= IDENTITY_TOLERANCE:
         raise FailedStepError("identity", f"at factors of 1 the outputs differ by {row['identity']:.2g}")
     if not base.mixes_examples and not base.expansion <= EXPANSION_TOLERANCE:
         raise FailedStepError("identity", f"on repeated rows the original itself differs by {base.expansion:.2g}")
-    torch.manual_seed(1)
-    with torch.no_grad():
-        found = real_tensors(bnn.eval()(*base.inputs[0], **base.inputs[1]))
     expected = base.repeated if bnn.task == "members" else base.outputs  # sets of objects are not averaged
     shapes = [tuple(o.shape) for o in expected], [tuple(o.shape) for o in found]
     if shapes[0] != shapes[1]:

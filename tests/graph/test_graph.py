@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesify import ConversionError, Rank1Config, Rank1Layer, bayesify, rank1
+from bayesify.errors import RowsError
 from bayesify.graph import find_sites
 from bayesify.graph.capture import capture, linear_uses
 from bayesify.graph.inputs import derive_inputs
@@ -300,6 +301,55 @@ def test_layer_that_sees_time_first(steps: int, inputs_at_conversion: bool) -> N
     for member in range(2):
         torch.testing.assert_close(found[member], bnn.merge(member)(x))
     assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+class PackedRows(nn.Module):
+    """Calls a layer on all tokens of a batch as one row [1, N, d]; which tokens there are depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        packed = self.inner(x[mask][None]).tanh()[0]
+        return self.head(torch.stack([part.mean(0) for part in packed.split(mask.sum(1).tolist())]))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("inputs_at_conversion", [True, False])
+def test_layer_that_sees_all_tokens_in_one_row(inputs_at_conversion: bool, training: bool) -> None:
+    model = PackedRows()
+    inputs = {"x": torch.randn(4, 6, 4), "mask": torch.tensor([[True] * 5 + [False]] * 4)}
+    given: dict[str, Any] = {"example_inputs": inputs} if inputs_at_conversion else {}
+    bnn = bayesify(copy.deepcopy(model), members=2, init="normal", posterior="deterministic", **given)
+    assert bnn.report.batch_dims == ({"inner": 1} if inputs_at_conversion else {})
+    members = torch.stack([bnn.merge(member)(**inputs) for member in range(2)])
+    if training:
+        torch.testing.assert_close(bnn.train()(**inputs).unflatten(0, (2, 4)), members)
+    else:
+        torch.testing.assert_close(bnn.predict(**inputs).outputs[:, 0], members)
+    assert bnn.report.batch_dims == {"inner": 1}
+    assert (members[0] - members[1]).abs().max() > 1e-3
+    torch.testing.assert_close(bnn.predict(**inputs).outputs[:, 0], members)
+
+
+def test_row_that_is_the_same_for_every_example_is_an_error() -> None:
+    """One row [1, T, d] that does not grow with the batch has no member that it could belong to."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(1, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            steps = [float(step) for step in range(int(x.shape[1]))]
+            return self.head(x + self.inner(torch.tensor(steps)[None, :, None])).mean(1)
+
+    bnn = bayesify(Positions(), members=2)
+    with pytest.raises(RowsError, match="got 1 rows"):
+        bnn.predict(torch.randn(3, 6, 4))
+    assert bnn.report.batch_dims == {}
 
 
 class MixesRows(nn.Module):

@@ -22,7 +22,7 @@ from bayesify import bayesify
 
 B, T, D = 2, 6, 8
 CASES = int(os.environ.get("BAYESIFY_RANDOM_NETWORKS", "60"))
-TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.05}
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.08}
 
 
 class Apply(nn.Module):
