@@ -191,9 +191,21 @@ def _reduce(output: Any, members: int, batch: int, task: TaskName | None, named_
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {f.name: reduced(getattr(value, f.name), f.name) for f in dataclasses.fields(value)}
             return dataclasses.replace(value, **fields)
+        if isinstance(value, (list, tuple)) and _is_of_each(value, members * batch, name):
+            groups = zip(
+                *(value[k * len(value) // members :][: len(value) // members] for k in range(members)), strict=True
+            )
+            return type(value)(_mean(torch.cat(group), members, 0) for group in groups)
         return map_tensors(value, lambda t: tensor(t, name))
 
     return reduced(output, None)
+
+
+def _is_of_each(values: Any, rows: int, name: str | None) -> bool:
+    """Whether an output is a list with a tensor, or several, of each row: an image has as many patches as it has."""
+    tensors = all(isinstance(value, Tensor) and value.dim() for value in values)
+    several = name is not None and name.endswith(_OF_SEVERAL_ROWS) and len(values) > 0 and len(values) % rows == 0
+    return tensors and several and all(_rows_dim(value.shape, rows, name) is None for value in values)
 
 
 def _rows_dim(shape: torch.Size, rows: int, name: str | None) -> int | None:

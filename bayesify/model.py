@@ -16,7 +16,7 @@ from bayesify.batch import Rows, add_to_loss
 from bayesify.config import NetworkConfig, Rank1Config
 from bayesify.distributions import CLIP, Factor, kl_divergence
 from bayesify.errors import BayesifyError, DataError, RowsError
-from bayesify.graph import ConversionReport, observed_dims, restore, site_name
+from bayesify.graph import ConversionReport, observe, restore, site_name, take_out
 from bayesify.layers import (
     MemberNorm,
     MemberVector,
@@ -213,7 +213,7 @@ class BayesianModel(nn.Module):
         """Make a call on inputs, and see on them where the batch is in each layer, as far as nothing told before.
 
         That is at the first call after the conversion if the model's code moves the batch, and whenever a layer finds
-        rows that do not fit its factors.
+        rows that do not fit its factors. Layers whose input turns out not to carry the batch lose their factors.
         """
         if self.report.unsettled:
             self._settle(args, kwargs or {})
@@ -231,15 +231,23 @@ class BayesianModel(nn.Module):
         known = self.report.batch_dims
         layers = dict(self.layers())
         functional = {name: layer.rank1.roles for name, layer in layers.items() if isinstance(layer, Rank1Functional)}
-        observe: Any = torch.compiler.disable(observed_dims)  # it runs the network, or a copy of it on shapes alone
-        found = observe(self.model, (args, kwargs), layers, functional, values=True) or {}
-        before = len(known)
+        look: Any = torch.compiler.disable(observe)  # it runs the network, or a copy of it on shapes alone
+        found = look(self.model, (args, kwargs), layers, functional, values=True)
+        if found is None:
+            return False
+        news = False
         for name, layer in layers.items():
-            for weight, site in layer.rank1.items():
+            for weight, site in list(layer.rank1.items()):
                 path = site_name(name, weight)
-                if found.get(path) and path not in known:
-                    known[path] = site.batch_dim = found[path]  # type: ignore[assignment]
-        return len(known) > before
+                if path in found.without:
+                    parameters = sum(parameter.numel() for parameter in site.parameters())
+                    self.report.leave_out(path, found.without[path], parameters)
+                    take_out(layer, weight)
+                    news = True
+                elif found.dims.get(path) and path not in known:
+                    known[path] = site.batch_dim = found.dims[path]  # type: ignore[assignment]
+                    news = True
+        return news
 
     # -------------------------------------------------------------------------------------------- draws
 

@@ -5,11 +5,12 @@ from bayesify.graph.capture import forward_names as forward_names
 from bayesify.graph.inputs import as_inputs as as_inputs
 from bayesify.graph.inputs import derive_inputs as derive_inputs
 from bayesify.graph.layout import is_quantized as is_quantized
-from bayesify.graph.layout import observed_dims as observed_dims
+from bayesify.graph.layout import observe as observe
 from bayesify.graph.plan import Plan as Plan
 from bayesify.graph.plan import site_name as site_name
 from bayesify.graph.report import ConversionReport as ConversionReport
 from bayesify.graph.rewrite import report_on as report_on
 from bayesify.graph.rewrite import restore as restore
 from bayesify.graph.rewrite import swap as swap
+from bayesify.graph.rewrite import take_out as take_out
 from bayesify.graph.sites import find_sites as find_sites

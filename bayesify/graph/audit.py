@@ -35,7 +35,7 @@ def audit(model: nn.Module, inputs: Inputs, plan: Plan, config: Rank1Config) -> 
     with evaluating(model):
         try:
             with torch.no_grad():
-                reference = _real(model(*inputs[0], **inputs[1]), rows)
+                expected = model(*inputs[0], **inputs[1])
         except Exception as error:
             raise ConversionError(
                 f"the network itself fails on example_inputs: {type(error).__name__}: {error}. Give the inputs of one "
@@ -46,7 +46,7 @@ def audit(model: nn.Module, inputs: Inputs, plan: Plan, config: Rank1Config) -> 
         try:
             draws = _hold_neutral(plan, 2 * batch, config)
             with torch.enable_grad():
-                outputs = _real(model(*args, **kwargs), rows)
+                found = model(*args, **kwargs)
         except Exception as error:
             raise ConversionError(
                 f"the converted network fails where the original does not: {type(error).__name__}: {error} "
@@ -54,15 +54,13 @@ def audit(model: nn.Module, inputs: Inputs, plan: Plan, config: Rank1Config) -> 
             ) from error
         finally:
             restore(list(model.modules()))
-    _check_identity(reference, outputs, config.neutral)
+    reference, outputs = _real(expected, rows), _real(found, rows)
+    if len(reference) != len(outputs):  # a list with a tensor for each image
+        reference, outputs = [rows.outputs(expected)], [rows.outputs(found)]
     pairs = list(zip(reference, outputs, strict=True))
+    _check_identity(pairs, config.neutral)
     separate = [(expected, found) for expected, found in pairs if not _pairwise(expected, found)]
-    firsts = [
-        found.narrow(dim, 0, max(1, expected.shape[dim] // batch)).float()
-        for expected, found in separate or pairs
-        if found.requires_grad and (dim := _grown_dim(expected, found)) is not None
-    ]
-    _check_reach(plan, firsts, draws)
+    _check_reach(plan, separate or pairs, draws, batch)
 
 
 def _hold_neutral(plan: Plan, rows: int, config: Rank1Config) -> dict[tuple[str, str, str], Tensor]:
@@ -84,8 +82,8 @@ def _hold_neutral(plan: Plan, rows: int, config: Rank1Config) -> dict[tuple[str,
     return draws
 
 
-def _check_identity(reference: list[Tensor], outputs: list[Tensor], neutral: float) -> None:
-    for expected, found in zip(reference, outputs, strict=True):
+def _check_identity(pairs: list[tuple[Tensor, Tensor]], neutral: float) -> None:
+    for expected, found in pairs:
         dim = _grown_dim(expected, found)
         if dim is None:
             continue
@@ -116,8 +114,18 @@ def _pairwise(expected: Tensor, found: Tensor) -> bool:
 
 
 @torch.enable_grad()
-def _check_reach(plan: Plan, first: list[Tensor], draws: dict[tuple[str, str, str], Tensor]) -> None:
-    """One backward pass from the outputs of the first row alone: its own factors must move it, nobody else's may."""
+def _check_reach(
+    plan: Plan, pairs: list[tuple[Tensor, Tensor]], draws: dict[tuple[str, str, str], Tensor], batch: int
+) -> None:
+    """One backward pass from the first row alone: its own factors must move it, nobody else's may.
+
+    `pairs` are outputs of the original on the batch and of the converted network on two copies of it.
+    """
+    first = [
+        found.narrow(dim, 0, max(1, expected.shape[dim] // batch)).float()
+        for expected, found in pairs
+        if found.requires_grad and (dim := _grown_dim(expected, found)) is not None
+    ]
     if not first:
         raise ConversionError("no output of the network depends on its converted layers on the example inputs.")
     generator = torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ import inspect
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -23,6 +24,7 @@ from bayesify.layers import OUT_BATCH_DIM, Rank1Layer, Site, rank1_class, watche
 from bayesify.modes import evaluating
 
 _TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+CONSTANT = "its input does not carry the batch: it is the same for every example"
 _MOVES = {"transpose", "swapaxes", "swapdims", "permute", "movedim"}
 
 
@@ -62,39 +64,67 @@ def known_dims(model: nn.Module) -> dict[str, int]:
     return dims
 
 
-def observed_dims(
+@dataclass(frozen=True)
+class Observed:
+    """What runs on more and more rows show.
+
+    Attributes:
+        dims: {site: dimension of its input that carries the batch}, where the answer is unambiguous.
+        without: {site: why factors cannot tell the examples in its input apart}.
+    """
+
+    dims: dict[str, int]
+    without: dict[str, str]
+
+
+def observe(
     model: nn.Module,
     inputs: Inputs,
     layers: Iterable[str],
     functional: Mapping[str, Mapping[str, str]],
     values: bool = False,
-) -> dict[str, int] | None:
-    """{site: dimension of its input that carries the batch}, where the answer is unambiguous.
+) -> Observed | None:
+    """Look where the batch is in the inputs of sites; `None` if the model cannot be run for it.
 
     The model runs twice on shapes alone, with two and with three times the batch: the dimension that grows is the
-    batch, or whole rows of it such as windows. `None` if it cannot be run like this.
+    batch, or whole rows of it such as windows.
 
     Args:
-        layers: of these, dense layers and embeddings are looked at; the others say themselves where the batch is.
+        layers: all but attention and recurrent layers are looked at, which know themselves where the batch is.
         functional: products in the code of modules, see `Plan`.
         values: where it does not run on shapes alone, run it on the values, too: five times the work of one call.
     """
-    names = [name for name in layers if name not in functional and _takes_any_shape(model.get_submodule(name))]
+    names = [name for name in layers if name not in functional and not _knows_its_batch(model.get_submodule(name))]
     if not names and not functional:
-        return {}
+        return Observed({}, {})
     seen = _grown_shapes(_run_on_shapes, model, inputs, names, functional)
     if seen is None and values:
         seen = _grown_shapes(_run_on_values, model, inputs, names, functional)
     if seen is None:
         return None
     small, large = seen
-    found: dict[str, int] = {}
+    dims: dict[str, int] = {}
+    without: dict[str, str] = {}
     for name, shapes in small.items():
-        pairs = list(zip(shapes, large[name], strict=False))
-        dims = {tuple(d for d in range(len(a)) if 3 * a[d] == 2 * b[d]) for a, b in pairs if len(a) == len(b)}
-        if len(dims) == 1 and len(only := dims.pop()) == 1:
-            found[name] = only[0]
-    return found
+        grown = _grown_dim(shapes, large[name])
+        if isinstance(grown, str):
+            without[name] = grown
+        elif grown and name in names and not _takes_any_shape(model.get_submodule(name)):
+            without[name] = f"its input carries the batch in dimension {grown}, and not in the first"
+        elif grown is not None:
+            dims[name] = grown
+    return Observed(dims, without if dims else {})  # if nothing grows at all, the inputs did not
+
+
+def _grown_dim(small: list[torch.Size], large: list[torch.Size]) -> int | str | None:
+    """Which dimension grows in every call; why none can; or `None`, where it is ambiguous."""
+    if small and small == large:
+        return CONSTANT
+    if small and 3 * len(small) == 2 * len(large):
+        return "it is called anew for every example"
+    pairs = [(a, b) for a, b in zip(small, large, strict=False) if len(a) == len(b)]
+    dims = {tuple(d for d in range(len(a)) if 3 * a[d] == 2 * b[d]) for a, b in pairs}
+    return only[0] if len(dims) == 1 and len(only := dims.pop()) == 1 else None
 
 
 def is_quantized(tensor: Tensor) -> bool:
@@ -102,17 +132,19 @@ def is_quantized(tensor: Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor)
 
 
+def _knows_its_batch(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase))
+
+
 def _takes_any_shape(layer: nn.Module) -> bool:
-    """Dense layers take [..., channels]; the others say themselves where the batch is."""
-    if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)):
-        return False
+    """Dense layers take [..., channels]; others have their rows in the first dimension."""
     equivalent = type(layer) if isinstance(layer, Rank1Layer) else rank1_class(type(layer))
     return equivalent is not None and equivalent.channel_dim == -1
 
 
 _Shapes = dict[str, list[torch.Size]]
-"""By site, call by call: shapes of what dense layers give, whose inputs have the batch where their outputs do, and of
-what the code of modules multiplies with parameters."""
+"""By site, call by call: shapes of what layers give, which have the batch where their inputs do, and of what modules
+multiply with parameters in code of their own."""
 
 
 def _grown_shapes(

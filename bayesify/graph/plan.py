@@ -47,14 +47,23 @@ class Plan:
         if not self.functional[name]:
             del self.functional[name], self.layers[name]
 
+    def leave_out(self, sites: Mapping[str, str]) -> None:
+        """Leave sites out, {name: reason}."""
+        own = self._own()
+        for site in sites:
+            self.drop(*own[site], sites[site])
+
+    def _own(self) -> dict[str, tuple[str, str]]:
+        """{site name: (layer, weight)}."""
+        return {site_name(name, weight): (name, weight) for name in self.layers for weight in self.sizes(name)}
+
     def restrict(self, sites: Mapping[str, int]) -> None:
         """Keep the given sites {name: dimension of their inputs that carries the batch}."""
-        own = {site_name(name, weight): (name, weight) for name in self.layers for weight in self.sizes(name)}
+        own = self._own()
         if unknown := sorted(sites.keys() - own.keys()):
             reason = self.skipped.get(unknown[0], "there is no such layer")
             raise ConversionError(f"{unknown[0]!r} should carry factors, but cannot: {reason}.")
-        for site in own.keys() - sites.keys():
-            self.drop(*own[site], "left out when the model was first converted")
+        self.leave_out(dict.fromkeys(own.keys() - sites.keys(), "left out when the model was first converted"))
         self.batch_dims = {name: dim for name, dim in sites.items() if dim}
         self.unsettled = self.unsettled and not self.batch_dims
 

@@ -47,6 +47,13 @@ class ConversionReport:
         """Added parameters as a fraction of the original ones, e.g. 0.0163."""
         return self.parameters_added / max(self.parameters, 1)
 
+    def leave_out(self, site: str, reason: str, parameters: int) -> None:
+        """Note that a site was taken out again, and how many parameters with it."""
+        for kept in (self.converted, self.sizes, self.tied, self.batch_dims):
+            kept.pop(site, None)
+        self.skipped[site] = reason
+        self.parameters_added -= parameters
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "members": self.members,

@@ -14,6 +14,8 @@ from bayesify.layers import (
     AdditiveSite,
     MemberBatchNorm,
     MemberVector,
+    Rank1Functional,
+    Rank1Layer,
     Rewritten,
     Site,
     attach,
@@ -55,6 +57,15 @@ def _convert(name: str, layer: nn.Module, plan: Plan, config: Rank1Config) -> No
             f"layer {name!r} ({type(layer).__name__}) could not become rank-1: {type(error).__name__}: {error}. "
             f"Leave it out with exclude={name!r}, or register an equivalent with @rank1."
         ) from error
+
+
+def take_out(layer: Rank1Layer, weight: str) -> None:
+    """Take one site out of a converted layer, which with its last one becomes what it was."""
+    del layer.rank1[weight]
+    if isinstance(layer, Rank1Functional):
+        del layer.rank1.roles[weight]
+    if not layer.rank1:
+        detach(layer)
 
 
 def restore(modules: list[nn.Module]) -> None:

@@ -15,7 +15,7 @@ from bayesify.errors import ConversionError
 from bayesify.graph.capture import capture, forward_names, is_tensor_input, linear_uses, moves_first_dimension
 from bayesify.graph.export import export_uses
 from bayesify.graph.inputs import Inputs, derive_inputs
-from bayesify.graph.layout import known_dims, may_move_batch, observed_dims
+from bayesify.graph.layout import CONSTANT, known_dims, may_move_batch, observe
 from bayesify.graph.plan import Plan, join, site_name
 from bayesify.graph.uses import Uses
 from bayesify.layers import FUSED, Gathering, Unfused, hands_tokens_on, is_exact, is_linear, rank1_class
@@ -145,7 +145,7 @@ def _account_for_raw_parameters(model: nn.Module, plan: Plan, untraced: list[str
 
 def _skip_constant(plan: Plan, layers: list[str]) -> None:
     for name in layers:
-        plan.skip(name, "its input does not carry the batch: it is the same for every example")
+        plan.skip(name, CONSTANT)
 
 
 def _check_linear(plan: Plan) -> None:
@@ -216,11 +216,11 @@ def _find_batch(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
         inputs = derive_inputs(model)
     observed = None
     if inputs is not None:
-        observed = observed_dims(model, inputs, plan.layers, plan.functional, values=given)
+        observed = observe(model, inputs, plan.layers, plan.functional, values=given)
     if observed is not None:
-        found = observed | found
-        for name in [n for n, layer in plan.layers.items() if isinstance(layer, nn.Embedding) and n not in observed]:
-            plan.skip(name, "its indices do not carry the batch: they are the same for every example")
+        found = observed.dims | found
+        lookups = [name for name, layer in plan.layers.items() if isinstance(layer, nn.Embedding)]
+        plan.leave_out({name: CONSTANT for name in lookups if name not in found} | observed.without)
     plan.unsettled = (moves or plan.unsettled) and observed is None
     plan.batch_dims = {name: found[name] for name in plan.sites() if found.get(name)}
 

@@ -18,6 +18,7 @@ and `check` adds
   whose gradient is no number. Not failures of the conversion.
 * still, behind, leaking: sites with a factor that does not move the output though the weight does, with a weight that
   is used but not with its factors, and with a factor of one row that moves another's output. Failures.
+* random: the original draws random numbers in eval mode, so repeated rows differ in it.
 * mixes_examples: in the original, one example's output depends on another's input; then so it may on its factors.
 * with_inputs: the status when the conversion is given the inputs, where it fails without.
 """
@@ -25,7 +26,7 @@ and `check` adds
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -118,15 +119,15 @@ def _check(build: Callable[[], tuple[nn.Module, Inputs]], give_inputs: bool) -> 
             row["parameters"] = sum(p.numel() for p in model.parameters())
         with step("base"):
             base = _Base(model, inputs)
-            row |= {"mixes_examples": base.mixes_examples, "expansion": base.expansion}
+            row |= {"mixes_examples": base.mixes_examples, "random": base.random, "expansion": base.expansion}
         with step("convert"):
             account = Account(model)
             example = (inputs[1] or inputs[0]) if give_inputs else None
             torch.manual_seed(0)
             bnn = bayesify(model, members=MEMBERS, init="ones", posterior_scale=0.0, example_inputs=example)
-            row |= account.of(bnn.report, base.linear)
         with step("identity"):
             found = base.call(bnn)  # first, as users would: where the batch is may be seen on the first inputs
+            row |= account.of(bnn.report, base.linear)
             row["identity"] = base.identity_of(bnn)
             _check_identity(base, bnn, found, row)
         with step("probe"):
@@ -186,7 +187,8 @@ class _Base:
         self.batch = self.rows.batch_size(*inputs)
         torch.manual_seed(1)
         output, self.linear = linear_parameters(model, *inputs)
-        self.outputs = real_tensors(output)
+        self.of_each = False
+        self.outputs = self.read(output)
         if not self.outputs:
             raise FailedStepError("base", f"no real tensor in the output ({type(output).__name__})")
         if not all(bool(torch.isfinite(o).any()) for o in self.outputs):
@@ -198,8 +200,10 @@ class _Base:
             raise FailedStepError(
                 "identity", f"repeated rows do not fit the original: {type(error).__name__}: {error}"
             ) from error
-        if len(self.repeated) != len(self.outputs):
-            raise FailedStepError("identity", "repeated rows change the number of outputs of the original")
+        if len(self.repeated) != len(self.outputs):  # a list with a tensor for each image
+            self.of_each = True
+            self.outputs, self.repeated = self.read(output), self.run(*self.expanded)
+        self.random = self._is_random()
         self.batch_dims = [_batch_dim(o, r) for o, r in zip(self.outputs, self.repeated, strict=True)]
         self.expansion = max(
             max(relative_error(member, o) for member in _members(r, dim, o))
@@ -209,13 +213,26 @@ class _Base:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         torch.manual_seed(1)
-        return real_tensors(self.model(*args, **kwargs))
+        return self.read(self.model(*args, **kwargs))
+
+    def read(self, output: Any) -> list[Tensor]:
+        """What is compared: every real tensor, or the one of the predictions where their number follows the batch."""
+        return [self.rows.outputs(output)] if self.of_each else real_tensors(output)
+
+    def _is_random(self) -> bool:
+        """Whether the original draws random numbers in eval mode, too."""
+        torch.manual_seed(4)
+        again = self.read(self.model(*self.inputs[0], **self.inputs[1]))
+        shapes = [o.shape for o in again], [o.shape for o in self.outputs]
+        if shapes[0] != shapes[1]:
+            raise FailedStepError("base", "the shapes of the outputs are random, so nothing can be compared")
+        return any(relative_error(a, o) > EXPANSION_TOLERANCE for a, o in zip(again, self.outputs, strict=True))
 
     @torch.no_grad()
     def call(self, bnn: BayesianModel) -> list[Tensor]:
         """The real outputs of the Bayesian model's own call, the predictive, on the examples."""
         torch.manual_seed(1)
-        return real_tensors(bnn.eval()(*self.inputs[0], **self.inputs[1]))
+        return self.read(bnn.eval()(*self.inputs[0], **self.inputs[1]))
 
     def identity_of(self, bnn: BayesianModel) -> float:
         """The error of the converted network, at factors of 1, on the same repeated rows."""
@@ -272,8 +289,10 @@ class _Base:
 
 
 def real_tensors(output: Any) -> list[Tensor]:
-    """Every tensor of real values in an output, caches aside."""
+    """Every tensor of real values in an output, caches aside: they keep the rows of all members for the next call."""
     found: list[Tensor] = []
+    if isinstance(output, Mapping):
+        output = {name: value for name, value in output.items() if name not in ("mems", "past_key_values")}
 
     def note(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
@@ -339,7 +358,7 @@ def hold(bnn: BayesianModel, rows: int, spread: float) -> dict[tuple[str, str, s
 def _check_identity(base: _Base, bnn: BayesianModel, found: list[Tensor], row: Row) -> None:
     if not row["identity"] <= IDENTITY_TOLERANCE:
         raise FailedStepError("identity", f"at factors of 1 the outputs differ by {row['identity']:.2g}")
-    if not base.mixes_examples and not base.expansion <= EXPANSION_TOLERANCE:
+    if not (base.mixes_examples or base.random) and not base.expansion <= EXPANSION_TOLERANCE:
         raise FailedStepError("identity", f"on repeated rows the original itself differs by {base.expansion:.2g}")
     expected = base.repeated if bnn.task == "members" else base.outputs  # sets of objects are not averaged
     shapes = [tuple(o.shape) for o in expected], [tuple(o.shape) for o in found]

@@ -334,22 +334,49 @@ def test_layer_that_sees_all_tokens_in_one_row(inputs_at_conversion: bool, train
     torch.testing.assert_close(bnn.predict(**inputs).outputs[:, 0], members)
 
 
-def test_row_that_is_the_same_for_every_example_is_an_error() -> None:
-    """One row [1, T, d] that does not grow with the batch has no member that it could belong to."""
+class PerImage(nn.Module):
+    """Calls one layer on positions, which are the same for all, and one on each example by itself."""
 
-    class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.each, self.head = nn.Linear(1, 4), nn.Conv1d(4, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = [float(step) for step in range(int(x.shape[1]))]
+        x = x + self.positions(torch.tensor(steps)[None, :, None])
+        x = torch.cat([self.each(row[None].mT) for row in list(x)]).mT
+        return self.head(x).mean(1)
+
+
+def test_layers_whose_input_does_not_carry_the_batch_lose_their_factors() -> None:
+    bnn = bayesify(PerImage(), members=2, init="normal", posterior="deterministic")
+    sites = set(bnn.report.converted)
+    assert sites == {"positions", "each", "head"}
+    x = torch.randn(3, 6, 4)
+    found = bnn.predict(x).outputs[:, 0]
+    assert set(bnn.report.converted) == {"head"}
+    assert "same for every example" in bnn.report.skipped["positions"]
+    assert "called anew for every example" in bnn.report.skipped["each"]
+    assert bnn.report.parameters_added == sum(p.numel() for _, _, f in bnn.factors() for p in f.parameters())
+    for member in range(2):
+        torch.testing.assert_close(found[member], bnn.merge(member)(x))
+    given = bayesify(PerImage(), members=2, example_inputs=x)
+    assert set(given.report.converted) == {"head"}
+
+
+def test_rows_that_fit_nothing_are_an_error() -> None:
+    class Halved(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner, self.head = nn.Linear(1, 4), nn.Linear(4, 2)
+            self.inner = nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            steps = [float(step) for step in range(int(x.shape[1]))]
-            return self.head(x + self.inner(torch.tensor(steps)[None, :, None])).mean(1)
+            return self.inner(x[: len(x) // 2 + 1].mean(1))
 
-    bnn = bayesify(Positions(), members=2)
-    with pytest.raises(RowsError, match="got 1 rows"):
-        bnn.predict(torch.randn(3, 6, 4))
-    assert bnn.report.batch_dims == {}
+    bnn = bayesify(Halved(), members=2)
+    with pytest.raises(RowsError, match="no multiple"):
+        bnn.predict(torch.randn(4, 6, 4))
+    assert set(bnn.report.converted) == {"inner"}
 
 
 class MixesRows(nn.Module):
