@@ -212,8 +212,8 @@ class BayesianModel(nn.Module):
     def settled(self, call: Callable[[], T], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> T:
         """Make a call on inputs, and see on them where the batch is in each layer, as far as nothing told before.
 
-        That is at the first call after the conversion if the model's code moves the batch, and whenever a layer finds
-        rows that do not fit its factors. Layers whose input turns out not to carry the batch lose their factors.
+        That is at the first call after a conversion without inputs, and whenever a layer finds rows that do not fit
+        its factors. Layers whose input turns out not to carry the batch lose their factors.
         """
         if self.report.unsettled:
             self._settle(args, kwargs or {})

@@ -90,8 +90,8 @@ def test_products_on_time_first_know_where_the_batch_is() -> None:
     inputs: dict[str, Any] = {"input_ids": torch.randint(3, 60, (4, 8))}
     bnn = bayesify(copy.deepcopy(model), members=2, init="normal", posterior="deterministic")
     assert {f"transformer.layer.0.rel_attn.{name}" for name in "qkvo"} <= set(bnn.report.converted)
-    assert bnn.report.batch_dims["transformer.layer.0.rel_attn.q"] == 1
     found = bnn.predict(**inputs).outputs[:, 0]
+    assert bnn.report.batch_dims["transformer.layer.0.rel_attn.q"] == 1
     for k in range(2):
         torch.testing.assert_close(found[k], bnn.merge(k)(**inputs).logits, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[0], found[1], atol=1e-3)

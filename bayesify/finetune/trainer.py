@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from bayesify.batch import Rows, split_batch
+from bayesify.data.seeding import seeded
 from bayesify.errors import ConfigError, DataError, FormatError, TrainingError
 from bayesify.finetune.batches import RankBatches, endless
 from bayesify.finetune.checkpoint import (
@@ -118,10 +119,11 @@ class FineTuner:
 
     def _fit(self, resume: bool) -> FineTuneResult:
         config, accelerator = self.config, self.accelerator
+        self.model.to(accelerator.device)
+        self._settle()
         set_seed(config.seed, device_specific=True)
         select_trained(self.model, config)
         bayesian = isinstance(self.model, BayesianModel)
-        self.model.to(accelerator.device)
         optimizer = make_optimizer(self.model, config)
         progress: dict[str, Any] = {"step": 0, "best_nll": None, "best_step": None}
         best: dict[str, Tensor] = {}
@@ -178,6 +180,15 @@ class FineTuner:
             if bayesian:
                 self.model.expansion = "replicate"  # type: ignore[assignment]
             self.model.eval()
+
+    def _settle(self) -> None:
+        """Let the model see where the batch is before anything counts its parameters: it may lose some."""
+        if isinstance(self.model, BayesianModel) and self.model.report.unsettled:
+            pair = [list(range(min(2, self.batches.length)))]
+            with seeded("settle"):
+                batch = next(iter(DataLoader(self.train, batch_sampler=pair, collate_fn=self.collate_fn)))
+            args, kwargs, _ = split_batch(send_to_device(batch, self.accelerator.device))
+            self.model.settled(lambda: None, args, kwargs)
 
     def _step(self, model: nn.Module, optimizer: Any, objective: Any, batches: Any, step: int) -> dict[str, float]:
         """One optimizer step: `accumulation` batches, `train_samples` draws of each; the means of its numbers."""

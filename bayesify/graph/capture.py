@@ -113,20 +113,6 @@ def linear_uses(
     return uses, constant_calls
 
 
-def moves_first_dimension(graph: fx.Graph) -> bool:
-    """Whether a forward transposes anything so that another dimension comes first, where layers look for the batch."""
-    for node in graph.nodes:
-        name = operation_name(node) if node.op in ("call_method", "call_function") else ""
-        if name in ("t", "T", "numpy_T") or (node.target is getattr and node.args[1] in ("T", "H")):
-            return True
-        if name not in ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis"):
-            continue
-        dims = [d for value in node.args[1:] for d in (value if isinstance(value, (tuple, list)) else [value])]
-        if (name == "permute" and dims[:1] != [0]) or (name != "permute" and 0 in dims):
-            return True
-    return False
-
-
 def is_linear_operation(node: fx.Node) -> bool:
     if node.op == "call_function":
         return node.target in _LINEAR_FUNCTIONS or operation_name(node) in _LINEAR_NAMES

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import copy
-import inspect
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,32 +21,6 @@ from bayesify.modes import evaluating
 
 _TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 CONSTANT = "its input does not carry the batch: it is the same for every example"
-_MOVES = {"transpose", "swapaxes", "swapdims", "permute", "movedim"}
-
-
-def may_move_batch(model: nn.Module) -> bool:
-    """Whether a part of the model works on [time, batch, ...], as far as its attributes and its source say."""
-    return any(
-        getattr(module, "batch_first", None) is False or _swaps_first_dimensions(type(module))
-        for module in model.modules()
-    )
-
-
-@cache
-def _swaps_first_dimensions(cls: type[nn.Module]) -> bool:
-    """Whether the source of a class holds x.transpose(0, 1), x.permute(1, 0, ...) or the like."""
-    if cls.__module__.startswith("torch."):
-        return False
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError, SyntaxError):
-        return False
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _MOVES:
-            dims = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and type(n.value) is int]
-            if set(dims[:2]) == {0, 1}:
-                return True
-    return False
 
 
 def known_dims(model: nn.Module) -> dict[str, int]:
@@ -132,6 +102,11 @@ def is_quantized(tensor: Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor)
 
 
+def may_be_elsewhere(layers: Mapping[str, nn.Module], functional: Mapping[str, Mapping[str, str]]) -> bool:
+    """Whether any of the layers takes inputs with the batch in another dimension than the first."""
+    return bool(functional) or any(not _knows_its_batch(layer) and _takes_any_shape(layer) for layer in layers.values())
+
+
 def _knows_its_batch(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase))
 
@@ -210,6 +185,10 @@ class _Recorder(Site):
 
 
 def _shape_twin(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy of the model's structure whose tensors have shapes but no memory; the model itself is not touched."""
+    """A copy of the model's structure whose tensors have shapes but no memory; neither the model nor what listens to
+    its outputs notices."""
     tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
+    twin = copy.deepcopy(model, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
+    for module in twin.modules():
+        module._forward_hooks.clear()
+    return twin

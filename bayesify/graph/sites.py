@@ -12,10 +12,10 @@ from torch.nn.parameter import is_lazy
 
 from bayesify.config import Rank1Config
 from bayesify.errors import ConversionError
-from bayesify.graph.capture import capture, forward_names, is_tensor_input, linear_uses, moves_first_dimension
+from bayesify.graph.capture import capture, forward_names, is_tensor_input, linear_uses
 from bayesify.graph.export import export_uses
 from bayesify.graph.inputs import Inputs, derive_inputs
-from bayesify.graph.layout import CONSTANT, known_dims, may_move_batch, observe
+from bayesify.graph.layout import CONSTANT, known_dims, may_be_elsewhere, observe
 from bayesify.graph.plan import Plan, join, site_name
 from bayesify.graph.uses import Uses
 from bayesify.layers import FUSED, Gathering, Unfused, hands_tokens_on, is_exact, is_linear, rank1_class
@@ -95,7 +95,6 @@ def _read_graphs(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
             untraced.append(name)
             suspicious = suspicious or _may_read_weights(module)
             continue
-        plan.unsettled = plan.unsettled or moves_first_dimension(graph)
         parameter_of = _parameter_of(name, parameters)
         uses, constant_calls = linear_uses(graph.nodes, parameter_of, is_tensor_input)
         if uses:
@@ -209,19 +208,18 @@ def _settle_surroundings(model: nn.Module, plan: Plan) -> None:
 
 
 def _find_batch(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
-    """Which dimension of each layer's input carries the batch, where it may not be the first."""
+    """Which dimension of each layer's input carries the batch; without inputs, the first call tells."""
     found, given = known_dims(model), inputs is not None
-    moves = inputs is None and may_move_batch(model)
-    if moves or (inputs is None and any(isinstance(layer, nn.Embedding) for layer in plan.layers.values())):
+    lookups = [name for name, layer in plan.layers.items() if isinstance(layer, nn.Embedding)]
+    if lookups and inputs is None:
         inputs = derive_inputs(model)
     observed = None
     if inputs is not None:
         observed = observe(model, inputs, plan.layers, plan.functional, values=given)
     if observed is not None:
         found = observed.dims | found
-        lookups = [name for name, layer in plan.layers.items() if isinstance(layer, nn.Embedding)]
         plan.leave_out({name: CONSTANT for name in lookups if name not in found} | observed.without)
-    plan.unsettled = (moves or plan.unsettled) and observed is None
+    plan.unsettled = observed is None and may_be_elsewhere(plan.layers, plan.functional)
     plan.batch_dims = {name: found[name] for name in plan.sites() if found.get(name)}
 
 
