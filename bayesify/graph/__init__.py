@@ -1,7 +1,6 @@
 """The graph rewriter: capture, find sites, swap, audit. Each pass is a file."""
 
 from bayesify.graph.audit import audit as audit
-from bayesify.graph.capture import forward_names as forward_names
 from bayesify.graph.inputs import as_inputs as as_inputs
 from bayesify.graph.inputs import derive_inputs as derive_inputs
 from bayesify.graph.layout import is_quantized as is_quantized
@@ -14,3 +13,4 @@ from bayesify.graph.rewrite import restore as restore
 from bayesify.graph.rewrite import swap as swap
 from bayesify.graph.rewrite import take_out as take_out
 from bayesify.graph.sites import find_sites as find_sites
+from bayesify.graph.source import forward_names as forward_names

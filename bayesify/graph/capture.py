@@ -7,11 +7,9 @@ see an input that does not carry the batch.
 from __future__ import annotations
 
 import copy
-import inspect
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import CodeType
 from typing import Any
 
 import torch
@@ -147,37 +145,3 @@ def operation_name(node: fx.Node) -> str:
         return node.target
     packet = getattr(node.target, "overloadpacket", node.target)
     return str(getattr(packet, "__name__", packet)).rpartition(".")[2]
-
-
-def forward_names(module: nn.Module) -> set[str]:
-    """Names that the code of `forward`, and of the methods it calls, mentions.
-
-    A cheap test before an expensive one: a forward that cannot be traced and never names a parameter cannot read a
-    weight behind its layer's back.
-    """
-    seen: set[str] = set()
-    pending = ["forward"]
-    names: set[str] = set()
-    while pending:
-        method = getattr(type(module), pending.pop(), None)
-        code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
-        if code is None:
-            continue
-        mentioned = _code_names(code)
-        names |= mentioned
-        own = {
-            n
-            for n in mentioned - seen
-            if inspect.isroutine(getattr(type(module), n, None)) and not hasattr(nn.Module, n)
-        }
-        seen |= own
-        pending.extend(own)
-    return names
-
-
-def _code_names(code: CodeType) -> set[str]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names |= _code_names(constant)
-    return names

@@ -12,11 +12,12 @@ from torch.nn.parameter import is_lazy
 
 from bayesify.config import Rank1Config
 from bayesify.errors import ConversionError
-from bayesify.graph.capture import capture, forward_names, is_tensor_input, linear_uses
+from bayesify.graph.capture import capture, is_tensor_input, linear_uses
 from bayesify.graph.export import export_uses
 from bayesify.graph.inputs import Inputs, derive_inputs
 from bayesify.graph.layout import CONSTANT, known_dims, may_be_elsewhere, observe
 from bayesify.graph.plan import Plan, join, site_name
+from bayesify.graph.source import forward_names, layers_read
 from bayesify.graph.uses import Uses
 from bayesify.layers import FUSED, Gathering, Unfused, hands_tokens_on, is_exact, is_linear, rank1_class
 
@@ -129,17 +130,21 @@ def _read_untraced(
             f"the forward of {untraced[0] or type(model).__name__} could not be traced or exported, so its layers were "
             "swapped without a plan; pass example_inputs= to have the result checked on them"
         )
-    _account_for_raw_parameters(model, plan, untraced, planned=exported is not None)
+    if exported is None:
+        for name in untraced:
+            _account_unseen(model.get_submodule(name), name, plan)
 
 
-def _account_for_raw_parameters(model: nn.Module, plan: Plan, untraced: list[str], planned: bool) -> None:
-    """Matrices owned by a module nobody could look into."""
-    if planned:
-        return
-    for name in untraced:
-        for parameter, value in model.get_submodule(name).named_parameters(prefix=name, recurse=False):
-            if value.dim() > 1:
-                plan.skipped.setdefault(parameter, "raw parameter of a forward that cannot be traced; use unknown")
+def _account_unseen(module: nn.Module, name: str, plan: Plan) -> None:
+    """Matrices of a module nobody could look into, and layers whose weights its code reads by itself."""
+    for parameter, value in module.named_parameters(prefix=name, recurse=False):
+        if value.dim() > 1:
+            plan.skipped.setdefault(parameter, "raw parameter of a forward that cannot be traced; use unknown")
+    names = {id(layer): layer_name for layer_name, layer in plan.layers.items()}
+    beneath = {path: layer for path, layer in module.named_modules(remove_duplicate=False) if id(layer) in names}
+    for path in layers_read(module, beneath):
+        reader = name or "the model"
+        plan.skip(names[id(beneath[path])], f"{reader} may read its weight, and could be neither traced nor exported")
 
 
 def _skip_constant(plan: Plan, layers: list[str]) -> None:
