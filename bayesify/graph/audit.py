@@ -87,17 +87,23 @@ def _check_identity(pairs: list[tuple[Tensor, Tensor]], neutral: float) -> None:
         dim = _grown_dim(expected, found)
         if dim is None:
             continue
-        scale = float(expected.abs().max()) or 1.0
+        scale = float(expected.nan_to_num(0, 0, 0).abs().max()) or 1.0
         tolerance = max(_TOLERANCE, 10 * torch.finfo(expected.dtype).eps)
         members = diagonal_blocks(found, 2) if _pairwise(expected, found) else found.chunk(2, dim)
         for member in members:
-            error = float((member.detach().float() - expected.float()).abs().max()) / scale
+            error = _difference(member.detach().float(), expected.float()) / scale
             if not error <= tolerance:
                 raise ConversionError(
                     f"with every factor at {neutral:g} the converted network differs from the original by {error:.2g} "
                     f"(relative; expected at most {tolerance:.0e}). "
                     "Leave layers out with exclude= to find the one at fault."
                 )
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference. What is masked with infinity has to be so in both, and does not count otherwise."""
+    differences = torch.where(found == expected, 0.0, (found - expected).abs())
+    return float(differences.max())
 
 
 def _grown_dim(expected: Tensor, found: Tensor) -> int | None:
@@ -122,14 +128,16 @@ def _check_reach(
     `pairs` are outputs of the original on the batch and of the converted network on two copies of it.
     """
     first = [
-        found.narrow(dim, 0, max(1, expected.shape[dim] // batch)).float()
+        found.narrow(dim, 0, max(1, expected.shape[dim] // batch))
         for expected, found in pairs
         if found.requires_grad and (dim := _grown_dim(expected, found)) is not None
     ]
     if not first:
         raise ConversionError("no output of the network depends on its converted layers on the example inputs.")
     generator = torch.Generator().manual_seed(0)
-    loss = sum((o * torch.randn(o.shape, generator=generator).to(o.device)).sum() for o in first)
+    finite = [o.float().nan_to_num(0, 0, 0) for o in first]
+    rounding = 100 * max(torch.finfo(o.dtype).eps for o in first)
+    loss = sum((o * torch.randn(o.shape, generator=generator).to(o.device)).sum() for o in finite)
     gradients = torch.autograd.grad(loss, list(draws.values()), allow_unused=True)  # type: ignore[arg-type]
     reached: set[str] = set()
     still: set[str] = set()
@@ -137,12 +145,13 @@ def _check_reach(
         if gradient is None:
             continue
         reached.add(layer)
-        if float(gradient[1:].abs().max()) > 0.0:
+        own, others = float(gradient[0].abs().max()), float(gradient[1:].abs().max())
+        if others > rounding * own:
             raise ConversionError(
                 f"the output of one example depends on another row's factors at {name}: the batch is not in the first "
                 f"dimension there. Leave the layer out with exclude={name!r}."
             )
-        if float(gradient[0].abs().max()) == 0.0:
+        if own == 0.0:
             still.add(name)
     plan.notes.extend(f"the factors of {name} do not move the output on the example inputs" for name in sorted(still))
     for layer in [name for name in plan.layers if name not in reached]:

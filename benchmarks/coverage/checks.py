@@ -49,6 +49,8 @@ MEMBERS = 2
 IDENTITY_TOLERANCE = 1e-5
 EXPANSION_TOLERANCE = 1e-4
 """Wider, because another batch size is another order of summation in the original, too."""
+ROUNDING = 1e-5
+"""What subtracting a maximum over all examples before a softmax leaves of their gradients, relative."""
 
 _NO_LINEAR_MAP = ("an embedding looks rows up", "part of the layer", "its input does not carry the batch")
 _UNKNOWN = "raw parameter of a forward that cannot be traced; use unknown"
@@ -373,6 +375,7 @@ def _probe(bnn: BayesianModel, base: _Base, row: Row) -> None:
     Sites where something is wrong or remarkable go to the row, by kind, see `_verdict`.
     """
     rows = MEMBERS * base.batch
+    untie(bnn.model)
     draws = hold(bnn, rows, 0.1)
     with torch.enable_grad():
         loss = base.first_row(base.run(*base.expanded), rows)
@@ -386,8 +389,7 @@ def _probe(bnn: BayesianModel, base: _Base, row: Row) -> None:
     found: dict[str, set[str]] = {kind: set() for kind in _KINDS}
     for (layer, site, _), gradient in zip(draws, gradients, strict=False):
         matters = any(_is_nonzero(by_weight[id(p)]) for p in weights[layer])
-        tied = site in bnn.report.tied
-        kind = _verdict(gradient, matters, knows=bool(weights[layer]), tied=tied)
+        kind = _verdict(gradient, matters, knows=bool(weights[layer]))
         if kind:
             found[kind].add(site)
     row |= {kind: sorted(names) for kind, names in found.items()}
@@ -401,6 +403,16 @@ def _probe(bnn: BayesianModel, base: _Base, row: Row) -> None:
             raise FailedStepError("probe", f"{len(names)} of {len(draws) // 2} sites, e.g. {names[0]}: {text}")
 
 
+def untie(model: nn.Module) -> None:
+    """Give every module parameters of its own, so that the gradient of a weight is that of this use of it."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in seen:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+            seen.add(id(parameter))
+
+
 def _weights_of(layer: Rank1Layer) -> list[nn.Parameter]:
     """The parameters that the layer's factors belong to, as far as they have gradients."""
     own = [layer.weight_of(name) for name in layer.rank1]
@@ -409,15 +421,16 @@ def _weights_of(layer: Rank1Layer) -> list[nn.Parameter]:
     return [weight for weight in own if isinstance(weight, nn.Parameter) and weight.requires_grad]
 
 
-def _verdict(gradient: Tensor | None, matters: bool, knows: bool, tied: bool) -> str | None:
+def _verdict(gradient: Tensor | None, matters: bool, knows: bool) -> str | None:
     """What is wrong or remarkable about a factor, given its gradient [rows, d] for the output of the first row."""
     if gradient is None:
-        return "behind" if matters and not tied else "not_reached"
+        return "behind" if matters else "not_reached"
     if not bool(torch.isfinite(gradient).all()):
         return "not_finite"
-    if _is_nonzero(gradient[1:]):
+    own, others = float(gradient[0].abs().max()), float(gradient[1:].abs().max())
+    if others > ROUNDING * own:
         return "leaking"
-    if not _is_nonzero(gradient[0]):
+    if own == 0.0:
         return "still" if matters or not knows else "idle"
     return None
 
