@@ -49,3 +49,33 @@ def test_failures_are_told_apart() -> None:
     row = check(lambda: (Chained(), inputs))
     assert (row["status"], row["silent"], row["converted_parameters"]) == ("probe", ["matrix"], 8)
     assert row["share"] == pytest.approx(8 / 24)
+
+
+class SharedHeads(nn.Module):
+    """Heads that share a weight, of which the output shows the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(4, 2) for _ in range(2)])
+        self.heads[1].weight = self.heads[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([head(x) for head in self.heads])[-1]
+
+
+class Centered(nn.Module):
+    """Subtracts the largest score of the batch before a softmax, which leaves rounding errors of gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.head = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.scores(x)
+        return self.head((scores - scores.max()).softmax(-1))
+
+
+def test_unused_heads_and_rounding_are_no_failures() -> None:
+    row = check(lambda: (SharedHeads(), ((torch.randn(2, 4),), {})))
+    assert (row["status"], row["idle"]) == ("ok", ["heads.0"])
+    assert check(lambda: (Centered(), ((8 * torch.randn(2, 16),), {})))["status"] == "ok"
