@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -39,12 +41,47 @@ def export_uses(model: nn.Module, inputs: Inputs) -> Exported | None:
     user_inputs = set(program.graph_signature.user_inputs)
 
     def parameter_of(node: fx.Node) -> str | None:
-        return parameters.get(node.name) if node.op == "placeholder" else None
+        return parameters.get(str(node.target)) if node.op == "placeholder" else None
 
     uses, _ = linear_uses(
-        program.graph.nodes, parameter_of, lambda node: node.op == "placeholder" and node.name in user_inputs
+        _inlined(program.graph_module).nodes,
+        parameter_of,
+        lambda node: node.op == "placeholder" and node.target in user_inputs,
     )
     return Exported([(_owner(use.node), use) for use in uses], parameter_of)
+
+
+def _inlined(module: fx.GraphModule) -> fx.Graph:
+    """The graph of a module, with the graphs of its regions without gradients or with a precision of their own in
+    place."""
+    flat = fx.Graph()
+    values: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        region = _region(node, module)
+        source = values.get(node.args[0]) if node.target is operator.getitem else None
+        if isinstance(source, (tuple, list)):
+            values[node] = source[node.args[1]]
+        elif region is not None:
+            inner, arguments = region
+            graph = _inlined(inner)
+            places = [n for n in graph.nodes if n.op == "placeholder"]
+            given = zip(places, fx.map_arg(arguments, values.__getitem__), strict=True)
+            values[node] = flat.graph_copy(graph, dict(given))
+        elif node.op != "output":
+            values[node] = flat.node_copy(node, values.__getitem__)
+        else:
+            flat.output(fx.map_arg(node.args[0], values.__getitem__))
+    return flat
+
+
+def _region(node: fx.Node, module: fx.GraphModule) -> tuple[fx.GraphModule, list[Any]] | None:
+    """The inner graph of such a region, and what it is given."""
+    if not str(node.target).startswith("wrap_with_"):
+        return None
+    for place, argument in enumerate(node.args):
+        if isinstance(argument, fx.Node) and argument.op == "get_attr":
+            return getattr(module, str(argument.target)), list(node.args[place + 1 :])
+    return None
 
 
 @contextmanager

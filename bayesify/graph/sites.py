@@ -120,10 +120,14 @@ def _read_untraced(
     if exported is not None:
         for name in untraced:
             plan.routes[name] = "export"
+        # The queries, keys and values of attention have the same rows: where one has the batch, so have the others.
+        varying = {
+            o for o, use in exported.uses if use.carries_batch and isinstance(plan.layers.get(o), nn.MultiheadAttention)
+        }
         for owner, use in exported.uses:
             if use.carries_batch:
                 found.add(owner, use, exported.parameter_of)
-            else:
+            elif owner not in varying:
                 _skip_constant(plan, [name for name in plan.layers if owner == name or owner.startswith(f"{name}.")])
     elif suspicious:
         plan.notes.append(
@@ -143,8 +147,8 @@ def _account_unseen(module: nn.Module, name: str, plan: Plan) -> None:
     names = {id(layer): layer_name for layer_name, layer in plan.layers.items()}
     beneath = {path: layer for path, layer in module.named_modules(remove_duplicate=False) if id(layer) in names}
     for path in layers_read(module, beneath):
-        reader = name or "the model"
-        plan.skip(names[id(beneath[path])], f"{reader} may read its weight, and could be neither traced nor exported")
+        reason = f"may be read in {name or 'the model'}, which could be neither traced nor exported"
+        plan.skip(names[id(beneath[path])], reason)
 
 
 def _skip_constant(plan: Plan, layers: list[str]) -> None:

@@ -33,8 +33,16 @@ class Uses:
         owner = self.names.get(owner, owner)
         for weight, parameters in use.weights.items():
             for parameter in parameters:
-                if not self._of_the_layer_itself(parameter, owner):
+                if use.node.op == "call_module":
+                    self._give(owner, use, parameter)
+                elif not self._of_the_layer_itself(parameter, owner):
                     self._add(owner, use, weight, parameter, parameter_of)
+
+    def _give(self, owner: str, use: Use, parameter: str) -> None:
+        """Note that a child gets a parameter beside activations, as the queries of a cross-attention."""
+        if len(self.shapes[parameter]) > 1:
+            self.found.setdefault(parameter, {})
+            self.refused.setdefault(parameter, f"given to {join(owner, use.operation)}, use unknown")
 
     def _of_the_layer_itself(self, parameter: str, owner: str) -> bool:
         """Whether a layer of the plan uses its own weight; a graph knows a tied weight by one of its names."""
@@ -66,7 +74,8 @@ class Uses:
             reason = self.refused.get(parameter)
             owner = next(iter(owners), None)
             if owner is not None and reason is None:
-                reason = self._called_as_well(parameter, layer, owner)
+                left_out = self.plan.skipped.get(owner)
+                reason = left_out or self._called_as_well(parameter, layer, owner)
             if reason is not None or owner is None:
                 kind = "" if layer is not None else "raw parameter, "
                 self.plan.skip(parameter if layer is None else layer, f"{kind}{reason}")

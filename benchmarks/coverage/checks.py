@@ -53,7 +53,7 @@ ROUNDING = 1e-5
 """What subtracting a maximum over all examples before a softmax leaves of their gradients, relative."""
 
 _NO_LINEAR_MAP = ("an embedding looks rows up", "part of the layer", "its input does not carry the batch")
-_UNKNOWN = "raw parameter of a forward that cannot be traced; use unknown"
+_UNKNOWN = "use unknown"
 
 
 class FailedStepError(Exception):
@@ -473,7 +473,7 @@ class Account:
         skipped = dict(report.skipped)
         covered = {name for entry in skipped for name in self._below(entry)}
         seen = self._linear_by_reason(skipped) if linear is None else linear
-        unknown = {n for entry, r in skipped.items() if r == _UNKNOWN for n in self._below(entry)}
+        unknown = {n for entry, r in skipped.items() if r.endswith(_UNKNOWN) for n in self._below(entry)}
         accounted = self._unique(converted | covered)
         routes = list(report.routes.values())
         return {
@@ -504,8 +504,8 @@ class Account:
         return {self.first_name[name] for name in names if name in self.first_name} & self.sizes.keys()
 
     def _linear_by_reason(self, skipped: dict[str, str]) -> set[str]:
-        others = (*_NO_LINEAR_MAP, _UNKNOWN)
-        return {n for entry, r in skipped.items() if not r.startswith(others) for n in self._below(entry)}
+        linear = [entry for entry, r in skipped.items() if not (r.startswith(_NO_LINEAR_MAP) or r.endswith(_UNKNOWN))]
+        return {name for entry in linear for name in self._below(entry)}
 
     def _groups(self, skipped: dict[str, str]) -> list[_Skipped]:
         groups: dict[tuple[str, str, str], _Skipped] = {}
@@ -521,7 +521,7 @@ class Account:
 
 def _reason_of(text: str) -> tuple[str, str | None]:
     """A reason without the names in it, and the module that it says uses the weight."""
-    match = re.fullmatch(r"((?:raw parameter, )?used through \S+) in (.*?)(, .*)", text)
+    match = re.fullmatch(r"((?:raw parameter, )?(?:used through \S+ in|may be read in|given to)) (.*?)(, .*)", text)
     if match:
         return f"{match[1]}{match[3]}", "" if match[2] == "the model" else match[2]
     if text.startswith("part of the layer "):

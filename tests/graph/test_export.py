@@ -1,0 +1,88 @@
+"""What only the exported graph shows: regions of their own, and attention that is given a constant."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayesify import bayesify
+
+
+class Regions(nn.Module):
+    """Multiplies with parameters where gradients are off, where the precision is fixed, and where both are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.off, self.fixed, self.both, self.changed = (nn.Parameter(torch.randn(4, 4)) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1000:
+            raise ValueError("too many examples")
+        x = self.layer(x)
+        with torch.no_grad():
+            off = F.linear(x, self.off)
+        with torch.autocast("cpu", enabled=False):
+            fixed = x @ self.fixed.t()
+            with torch.no_grad():
+                both = F.linear(x, self.both) + F.linear(x, self.changed * 2)
+        return x + off + fixed + both
+
+
+def test_products_in_regions_of_an_exported_graph_are_sites() -> None:
+    x = torch.randn(3, 4)
+    bnn = bayesify(Regions(), members=2, init="normal", example_inputs=x[:2])
+    assert set(bnn.report.converted) == {"layer", "off", "fixed", "both"}
+    assert "changed by mul" in bnn.report.skipped["changed"]
+    outputs = bnn.predict(x).outputs
+    for k in range(2):
+        torch.testing.assert_close(outputs[k, 0], bnn.merge(k)(x))
+
+
+class Pooling(nn.Module):
+    """A learned query attends to the tokens of an example."""
+
+    def __init__(self, untraceable: bool) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 1, 8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 2)
+        self.untraceable = untraceable
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.untraceable and x.shape[0] > 1000:
+            raise ValueError("too many examples")
+        return self.head(self.attention(self.query.repeat(x.shape[0], 1, 1), x, x)[0][:, 0])
+
+
+@pytest.mark.parametrize("untraceable", [False, True], ids=["fx", "export"])
+def test_attention_that_is_given_a_learned_query(untraceable: bool) -> None:
+    x = torch.randn(3, 5, 8)
+    bnn = bayesify(Pooling(untraceable), members=2, init="normal", example_inputs=x if untraceable else None)
+    assert set(bnn.report.converted) == {"attention.in_proj_weight", "attention.out_proj", "head"}
+    assert bnn.report.skipped["query"].startswith("raw parameter, ")
+    outputs = bnn.predict(x).outputs
+    for k in range(2):
+        torch.testing.assert_close(outputs[k, 0], bnn.merge(k)(x))
+
+
+class Twice(nn.Module):
+    """A layer that is called with a constant, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.register_buffer("table", torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1000:
+            raise ValueError("too many examples")
+        return self.head(self.layer(self.table).sum(0) + self.layer(x))
+
+
+def test_layer_left_out_for_a_constant_is_no_site_in_its_own_code() -> None:
+    bnn = bayesify(Twice(), members=2, example_inputs=torch.randn(3, 4))
+    assert set(bnn.report.converted) == {"head"}
+    assert "does not carry the batch" in bnn.report.skipped["layer"]
