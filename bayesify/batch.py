@@ -30,6 +30,8 @@ _GRID = "grid_thw"
 """The input of a vision tower by itself that has a row for each image; of the images there are all patches."""
 _OF_SEVERAL_ROWS = ("logits", "hidden_state", "hidden_states", "embeds", "pooler_output", "features")
 """Ends of the names of outputs that may have several rows of each example: its frames, patches or codebooks."""
+_CACHES = {"mems"}
+"""Outputs that are inputs of the next call, and keep the rows of all members for it."""
 _PAIRWISE_OUTPUTS = "logits_"
 """Starts of the names of similarities [B, B] in contrastive models: of K·B by K·B, only those within a member have a
 meaning."""
@@ -214,14 +216,13 @@ def _rows_dim(shape: torch.Size, rows: int, name: str | None) -> int | None:
         return None
     if shape[0] == rows:
         return 0
-    if name is None or not name.endswith(_OF_SEVERAL_ROWS):
-        return None
-    if shape[0] and shape[0] % rows == 0:
+    several = name is not None and name.endswith(_OF_SEVERAL_ROWS)
+    if several and shape[0] and shape[0] % rows == 0:
         return 0
-    if len(shape) < 3 or name in _LOGITS:
+    if name is None or name in _LOGITS or name in _CACHES or len(shape) < 3:
         return None
-    second = shape[1] == rows or (shape[0] == 1 and shape[1] % rows == 0)  # [T, rows, d], or all tokens in one row
-    return 1 if second else None
+    second = shape[1] == rows or (several and shape[0] == 1 and shape[1] % rows == 0)
+    return 1 if second else None  # [T, rows, d] or [layers, rows, ...]; or all tokens in one row
 
 
 def diagonal_blocks(value: Tensor, members: int) -> list[Tensor]:

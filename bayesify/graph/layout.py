@@ -94,6 +94,8 @@ def _grown_dim(small: list[torch.Size], large: list[torch.Size]) -> int | str | 
         return "it is called anew for every example"
     pairs = [(a, b) for a, b in zip(small, large, strict=False) if len(a) == len(b)]
     dims = {tuple(d for d in range(len(a)) if 3 * a[d] == 2 * b[d]) for a, b in pairs}
+    if len({grown for grown in dims if len(grown) == 1}) > 1:
+        return "its inputs carry the batch in one dimension at one call and in another at the next"
     return only[0] if len(dims) == 1 and len(only := dims.pop()) == 1 else None
 
 

@@ -364,6 +364,27 @@ def test_layers_whose_input_does_not_carry_the_batch_lose_their_factors() -> Non
     assert set(given.report.converted) == {"head"}
 
 
+def test_layer_that_sees_the_batch_in_two_places_loses_its_factors() -> None:
+    """As many stacked layers as members: nothing would tell that their rows are no members."""
+
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.box, self.once = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.once(torch.stack([self.box(x), x])).mean(0) + self.box(torch.stack([x, -x])).sum(0)
+
+    model, x = Stacked(), torch.randn(2, 3, 4)
+    bnn = bayesify(copy.deepcopy(model), members=2, init="normal", posterior="deterministic")
+    found = bnn.predict(x).outputs[:, 0]
+    assert "in another at the next" in bnn.report.skipped["box"]
+    assert bnn.report.batch_dims == {"once": 1}
+    for member in range(2):
+        torch.testing.assert_close(found[member], bnn.merge(member)(x))
+
+
 def test_rows_that_fit_nothing_are_an_error() -> None:
     class Halved(nn.Module):
         def __init__(self) -> None:
