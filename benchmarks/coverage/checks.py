@@ -14,8 +14,8 @@ and `check` adds
 * silent: parameters that entered a linear map and are neither converted nor in the report. A failure.
 * identity, expansion: errors relative to the largest output, the worst over all real outputs: of the converted network
   at factors of 1, and of the original on repeated rows. Float32.
-* not_reached, idle, not_finite: sites that the inputs never call, sites whose weight does not matter either, and sites
-  whose gradient is no number. Not failures of the conversion.
+* not_reached, idle, not_finite: sites that the inputs never call, sites whose weight does not matter either, or next to
+  nothing, and sites whose gradient is no number. Not failures of the conversion.
 * still, behind, leaking: sites with a factor that does not move the output though the weight does, with a weight that
   is used but not with its factors, and with a factor of one row that moves another's output. Failures.
 * random: the original draws random numbers in eval mode, so repeated rows differ in it.
@@ -51,6 +51,8 @@ EXPANSION_TOLERANCE = 1e-4
 """Wider, because another batch size is another order of summation in the original, too."""
 ROUNDING = 1e-5
 """What subtracting a maximum over all examples before a softmax leaves of their gradients, relative."""
+FAINT = 1e-30
+"""A weight with a smaller gradient does not matter: those of its factors may round to zero in float32."""
 
 _NO_LINEAR_MAP = ("an embedding looks rows up", "part of the layer", "its input does not carry the batch")
 _UNKNOWN = "use unknown"
@@ -388,7 +390,7 @@ def _probe(bnn: BayesianModel, base: _Base, row: Row) -> None:
     by_weight = {id(p): g for p, g in zip(flat, gradients[len(draws) :], strict=True)}
     found: dict[str, set[str]] = {kind: set() for kind in _KINDS}
     for (layer, site, _), gradient in zip(draws, gradients, strict=False):
-        matters = any(_is_nonzero(by_weight[id(p)]) for p in weights[layer])
+        matters = any(_is_nonzero(by_weight[id(p)], above=FAINT) for p in weights[layer])
         kind = _verdict(gradient, matters, knows=bool(weights[layer]))
         if kind:
             found[kind].add(site)
@@ -435,8 +437,8 @@ def _verdict(gradient: Tensor | None, matters: bool, knows: bool) -> str | None:
     return None
 
 
-def _is_nonzero(gradient: Tensor | None) -> bool:
-    return gradient is not None and bool((gradient != 0).any())
+def _is_nonzero(gradient: Tensor | None, above: float = 0.0) -> bool:
+    return gradient is not None and not bool((gradient.abs() <= above).all())
 
 
 # ------------------------------------------------------------------------------------------------ the account

@@ -40,6 +40,23 @@ class Chained(nn.Module):
         return self.head(torch.linalg.multi_dot([x, self.matrix]))
 
 
+class Faint(nn.Module):
+    """A layer that matters so little that float32 holds the gradient of its weight, but not of its factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.faint = nn.Linear(4, 2), nn.Linear(4, 2, bias=False)
+        nn.init.uniform_(self.faint.weight, 0.01, 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) + self.faint(x) * 1e-30 * 1e-14
+
+
+def test_layers_too_faint_to_measure_are_idle() -> None:
+    row = check(lambda: (Faint(), ((torch.randn(2, 4),), {})))
+    assert (row["status"], row["idle"], row["still"]) == ("ok", ["faint"], [])
+
+
 def test_failures_are_told_apart() -> None:
     inputs = ((torch.randn(2, 4),), {})
     assert check(lambda: (nn.Linear(3, 2), inputs))["status"] == "base"
