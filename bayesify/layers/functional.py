@@ -2,7 +2,8 @@
 
 Such a module becomes an instance of a subclass whose forward is its own, watched: where one of its parameters, or a
 view of it, is multiplied with an activation, the factors go around the product. Views are followed by what lies
-beneath: every element of a parameter knows its index among the inputs (where s is) and among the outputs (r).
+beneath: every element of a parameter knows its index among the inputs (where s is) and among the outputs (r). So are
+tokens that the forward splits into pieces, one for each of several weights.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bayesify.errors import BayesifyError, ConversionError
+from bayesify.layers.gathered import Pieces
 from bayesify.layers.operations import Operation, arguments_of, arranged, letters, operation_of, with_argument
 from bayesify.layers.registry import Derived, Rank1Layer, derived_class, detach, replace_class
 from bayesify.layers.site import AdditiveSite, Site, repeat_rows
@@ -131,21 +133,29 @@ class _Watched(TorchFunctionMode):
 
     def __init__(self, layer: Rank1Functional) -> None:
         super().__init__()
+        self.pieces = Pieces()
         self.known: dict[int, tuple[Tensor, Site, Indices]] = {}
         for name, site in layer.rank1.items():
             weight = layer.weight_of(name)
             self.known[id(weight)] = (weight, site, Indices.of(weight, layer.rank1.roles[name]))  # type: ignore[assignment]
 
+    @torch.compiler.disable
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not any(id(value) in self.known for value in (*args, *kwargs.values())):
-            return func(*args, **kwargs)
-        name = name_of(func)
+        values, name = (*args, *kwargs.values()), name_of(func)
+        if not any(id(value) in self.known for value in values):
+            result = func(*args, **kwargs)
+            self.pieces.follow(name, values, result)
+            return result
         ordered = arguments_of(name, args, kwargs)
         if ordered is not None:
             operation = operation_of(name, ordered, self._weight_dim)
             if operation is not None:
-                return self._apply(func, args, kwargs, ordered, operation)
+                x = ordered[operation.x]
+                with self.pieces.taken(x):
+                    result = self._apply(func, args, kwargs, ordered, operation)
+                self.pieces.follow(name, (x,), result)
+                return result
         result = func(*args, **kwargs)
         if name in VIEWS | SAME:
             self._follow(func, args, kwargs, result, rearranged=name in VIEWS)
@@ -193,7 +203,7 @@ def _values(draw: Tensor, index: Tensor, weight: str, labels: str, batch: str, l
         if label not in kept:
             index = index.select(position, 0)
     rows = repeat_rows(draw, like.shape[labels.index(batch)])
-    values = rows[:, index.reshape(-1)].view(len(rows), *index.shape)
+    values = rows.index_select(1, index.reshape(-1)).view(len(rows), *index.shape)
     return arranged(values.to(like.dtype), kept, labels, batch)
 
 

@@ -1,13 +1,16 @@
 """Modules that hand single tokens to the layers inside them: mixtures of experts that call one expert at a time.
 
 An expert gets the tokens that were sent to it, out of all rows. In such a module, indexing by tokens is watched, so
-that the expert's layers know to which row each of their tokens belongs.
+that the expert's layers know to which row each of their tokens belongs. Where a module multiplies with the weights of
+all experts itself, tokens come sorted by expert, and are split into pieces.
 """
 
 from __future__ import annotations
 
 import inspect
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -17,16 +20,27 @@ from torch.overrides import TorchFunctionMode
 from bayesify.layers.registry import Derived
 from bayesify.layers.site import TAKEN
 
+_ADDS = {"index_add", "index_add_"}
+_MOVES = {"t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "T", "mT", "numpy_T"}
+
+
+def hands_tokens_on(cls: type[nn.Module]) -> bool:
+    """Whether the code of a class adds up results at the places that tokens were taken from."""
+    return bool(_adding(cls))
+
 
 @cache
-def hands_tokens_on(cls: type[nn.Module]) -> bool:
-    """Whether the forward of a class, by its source, adds up results at the places that tokens were taken from."""
-    if cls.__module__.startswith("torch."):
-        return False
-    try:
-        return "index_add" in inspect.getsource(cls.forward)
-    except (OSError, TypeError):
-        return False
+def _adding(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    """The methods that do so; not every such module is called through its forward."""
+    methods: dict[str, Callable[..., Any]] = {}
+    for base in reversed(cls.__mro__):
+        methods |= {name: value for name, value in vars(base).items() if inspect.isfunction(value)}
+    return {name: method for name, method in methods.items() if _ADDS & _names_in(method)}
+
+
+def _names_in(method: Callable[..., Any]) -> set[str]:
+    code = getattr(inspect.unwrap(method), "__code__", None)
+    return set() if code is None else {*code.co_names}
 
 
 class Gathering(Derived):
@@ -34,13 +48,22 @@ class Gathering(Derived):
 
     prefix = "Gathering"
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __init_subclass__(cls) -> None:
+        for name, method in _adding(cls).items():
+            setattr(cls, name, _watched(method))
+
+
+def _watched(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         before = TAKEN.set(None)
         try:
             with _Watch():
-                return super().forward(*args, **kwargs)  # type: ignore[misc]
+                return method(self, *args, **kwargs)
         finally:
             TAKEN.reset(before)
+
+    return watched
 
 
 class _Watch(TorchFunctionMode):
@@ -61,3 +84,42 @@ def _note(source: Tensor, index: Any) -> None:
         if tokens.dim() == 1:
             tokens = tokens.nonzero().squeeze(-1) if tokens.dtype == torch.bool else tokens
             TAKEN.set((tokens, source.shape[dim]))
+
+
+class Pieces:
+    """Which rows the pieces are that tokens [N, d] were split into, for the time of one forward."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, tuple[Tensor, int]]] = {}
+
+    def follow(self, name: str, values: tuple[Any, ...], result: Any) -> None:
+        """Note what an operation called `name` makes of some values: pieces, or other things for the same tokens."""
+        if name in ("split", "split_with_sizes") and self._split(*values[:2], result):
+            return
+        of = next((self._known[id(value)][1] for value in values if id(value) in self._known), None)
+        if of is None or name in _MOVES:
+            return
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(tensor, Tensor) and tensor.dim() and len(tensor) == len(of[0]):
+                self._known[id(tensor)] = (tensor, of)
+
+    def _split(self, x: Tensor, sizes: Any, parts: tuple[Tensor, ...]) -> bool:
+        """Whether the parts are pieces, each of a size of its own."""
+        lengths = [len(part) for part in parts]
+        if x.dim() != 2 or isinstance(sizes, int) or lengths != [*sizes] or sum(lengths) != len(x):
+            return False
+        taken = TAKEN.get()
+        if taken is None or len(taken[0]) != len(x):
+            taken = (torch.arange(len(x), device=x.device), len(x))
+        for part, tokens in zip(parts, taken[0].split(lengths), strict=True):
+            self._known[id(part)] = (part, (tokens, taken[1]))
+        return True
+
+    @contextmanager
+    def taken(self, x: Tensor) -> Iterator[None]:
+        """For as long as factors are put around a product with x."""
+        before = TAKEN.set(self._known[id(x)][1] if id(x) in self._known else TAKEN.get())
+        try:
+            yield
+        finally:
+            TAKEN.reset(before)

@@ -125,7 +125,7 @@ def repeat_rows(draw: Tensor, rows: int) -> Tensor:
     drawn = draw.shape[0]
     taken = TAKEN.get()
     if taken is not None and drawn > 1 and len(taken[0]) == rows:
-        return draw[taken[0] * drawn // taken[1]]
+        return draw.index_select(0, taken[0] * drawn // taken[1])
     if drawn in (1, rows):
         return draw
     if rows % drawn:

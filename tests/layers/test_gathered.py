@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bayesify import BayesianModel, bayesify
 
@@ -37,10 +38,52 @@ class Mixture(nn.Module):
         return (output + self.shared(tokens)).view_as(x)
 
 
-class Network(nn.Module):
-    def __init__(self, experts: int, mask: bool) -> None:
+class SortedExperts(nn.Module):
+    """The weights of all experts, which get tokens sorted by expert."""
+
+    def __init__(self, experts: int) -> None:
         super().__init__()
-        self.first, self.mixture, self.head = nn.Linear(5, 6), Mixture(experts, mask), nn.Linear(6, 4)
+        self.up = nn.Parameter(torch.randn(experts, 8, 6) / 3)
+        self.down = nn.Parameter(torch.randn(experts, 6, 4) / 3)
+
+    def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
+        found = []
+        for piece, up, down in zip(x.split(sizes, dim=0), self.up, self.down, strict=True):
+            gate, value = F.linear(piece, up).chunk(2, dim=-1)
+            found.append(F.linear(gate.sigmoid() * value, down))
+        return torch.cat(found)
+
+
+class SortingMixture(nn.Module):
+    """Sorts tokens by expert, and is called by a method of another name than forward."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(6, experts), SortedExperts(experts)
+
+    def mix(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        weight, chosen = self.gate(tokens).softmax(-1).topk(2)
+        order = chosen.flatten().argsort(stable=True)
+        sizes = chosen.flatten().bincount(minlength=self.gate.out_features).tolist()
+        found = self.experts(tokens[order // 2], sizes) * weight.flatten()[order, None]
+        return torch.zeros_like(tokens).index_add(0, order // 2, found).view_as(x)
+
+
+class Sorting(nn.Module):
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.inner = SortingMixture(experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner.mix(x)
+
+
+class Network(nn.Module):
+    def __init__(self, experts: int, kind: str) -> None:
+        super().__init__()
+        mixture = Sorting(experts) if kind == "sorted" else Mixture(experts, kind == "mask")
+        self.first, self.mixture, self.head = nn.Linear(5, 6), mixture, nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.mixture(self.first(x)).mean(1))
@@ -51,12 +94,12 @@ def members_of(bnn: BayesianModel, *inputs: Any, **named: Any) -> list[Any]:
         return [bnn.merge(k)(*inputs, **named) for k in range(K)]
 
 
-@pytest.mark.parametrize("mask", [False, True], ids=["places", "mask"])
+@pytest.mark.parametrize("kind", ["places", "mask", "sorted"])
 @pytest.mark.parametrize(("experts", "length"), [(2, 4), (4, 5), (6, 3)])
-def test_members_are_exact(experts: int, length: int, mask: bool) -> None:
+def test_members_are_exact(experts: int, length: int, kind: str) -> None:
     """With two experts each gets every token: as many as there are, and in their order."""
     torch.manual_seed(0)
-    bnn = bayesify(Network(experts, mask), members=K, init_scale=0.5, task="regression").eval()
+    bnn = bayesify(Network(experts, kind), members=K, init_scale=0.5, task="regression").eval()
     x = torch.randn(4, length, 5)
     expected = torch.stack(members_of(bnn, x))
     torch.testing.assert_close(bnn.predict(x).outputs[:, 0], expected, atol=1e-5, rtol=1e-4)
@@ -68,10 +111,11 @@ def test_members_are_exact(experts: int, length: int, mask: bool) -> None:
     torch.testing.assert_close(bnn.eval()(x), base(x), atol=1e-5, rtol=1e-4)
 
 
-def test_each_example_has_its_own_draw() -> None:
+@pytest.mark.parametrize("kind", ["places", "sorted"])
+def test_each_example_has_its_own_draw(kind: str) -> None:
     """Moving one example's input leaves the draws of the others where they are."""
     torch.manual_seed(0)
-    bnn = bayesify(Network(4, False), members=K, posterior_scale=0.3, task="regression").eval()
+    bnn = bayesify(Network(4, kind), members=K, posterior_scale=0.3, task="regression").eval()
     x = torch.randn(4, 5, 5)
     before = bnn.predict(x, samples=2, seed=3).outputs
     x[1] += 1.0
@@ -83,7 +127,7 @@ def test_each_example_has_its_own_draw() -> None:
 
 def test_copies_and_the_original() -> None:
     torch.manual_seed(0)
-    model = Network(4, False)
+    model = Network(4, "places")
     bnn = bayesify(model, members=K, init_scale=0.5, task="regression").eval()
     x = torch.randn(4, 5, 5)
     for twin in (copy.deepcopy(bnn), pickle.loads(pickle.dumps(bnn))):
