@@ -31,6 +31,8 @@ VIEWS = {
 """Operations that only rearrange a weight."""
 SAME = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "detach", "clone", "alias"}
 """Operations that keep every element of a weight where it is."""
+_as_it_is: Any = torch.compiler.disable
+"""For code that knows tensors by identity, which compiled code does not keep."""
 
 
 class FunctionalSites(nn.ModuleDict):
@@ -139,7 +141,7 @@ class _Watched(TorchFunctionMode):
             weight = layer.weight_of(name)
             self.known[id(weight)] = (weight, site, Indices.of(weight, layer.rank1.roles[name]))  # type: ignore[assignment]
 
-    @torch.compiler.disable
+    @_as_it_is
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         values, name = (*args, *kwargs.values()), name_of(func)

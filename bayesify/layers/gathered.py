@@ -94,7 +94,7 @@ class Pieces:
 
     def follow(self, name: str, values: tuple[Any, ...], result: Any) -> None:
         """Note what an operation called `name` makes of some values: pieces, or other things for the same tokens."""
-        if name in ("split", "split_with_sizes") and self._split(*values[:2], result):
+        if name in ("split", "split_with_sizes") and len(values) > 1 and self._split(values[0], values[1], result):
             return
         of = next((self._known[id(value)][1] for value in values if id(value) in self._known), None)
         if of is None or name in _MOVES:
