@@ -88,6 +88,7 @@ def observe(
 
 def _grown_dim(small: list[torch.Size], large: list[torch.Size]) -> int | str | None:
     """Which dimension grows in every call; why none can; or `None`, where it is ambiguous."""
+    small, large = ([shape for shape in shapes if shape.numel()] for shapes in (small, large))  # experts without tokens
     if small and small == large:
         return CONSTANT
     if small and 3 * len(small) == 2 * len(large):

@@ -127,6 +127,18 @@ def test_each_example_has_its_own_draw(kind: str) -> None:
     assert not torch.allclose(after[:, :, 1], before[:, :, 1], atol=1e-2)
 
 
+def test_experts_without_tokens_keep_their_factors() -> None:
+    """Where nothing comes in, nothing grows with the batch."""
+    network = Network(4, "places")
+    assert isinstance(network.mixture, Mixture)
+    nn.init.zeros_(network.mixture.gate.weight)
+    network.mixture.gate.bias.data = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    bnn = bayesify(network, members=K)
+    bnn.report.unsettled = True
+    bnn.predict(torch.randn(4, 5, 5))
+    assert not bnn.report.skipped
+
+
 def test_copies_and_the_original() -> None:
     torch.manual_seed(0)
     model = Network(4, "places")
