@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -73,3 +75,23 @@ def versions() -> dict[str, str]:
         digest.update(path.read_bytes())
     found = {module.__name__: str(module.__version__) for module in (torch, timm, transformers)}
     return {**found, "bayesify": digest.hexdigest()[:10]}
+
+
+class FailedStepError(Exception):
+    """A step failed; the row says which and how."""
+
+    def __init__(self, status: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@contextmanager
+def step(status: str) -> Iterator[None]:
+    try:
+        yield
+    except (FailedStepError, MemoryError):
+        raise
+    except Exception as error:
+        if "allocate memory" in str(error):
+            raise
+        raise FailedStepError(status, f"{type(error).__name__}: {error}") from error

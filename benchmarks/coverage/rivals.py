@@ -19,18 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.coverage import timm_models
-from benchmarks.coverage.checks import (
-    IDENTITY_TOLERANCE,
-    MEMBERS,
-    Account,
-    FailedStepError,
-    real_tensors,
-    relative_error,
-    revive,
-    step,
-)
-from benchmarks.coverage.jobs import Job, Row
+from benchmarks.coverage.account import Account
+from benchmarks.coverage.checks import IDENTITY_TOLERANCE
+from benchmarks.coverage.jobs import FailedStepError, Job, Row, step
 from benchmarks.coverage.operands import linear_parameters
+from benchmarks.coverage.original import MEMBERS, real_tensors, relative_error, revive
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from timm.models import _registry
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.coverage.checks import Inputs, census, check, conversion
+from benchmarks.coverage.checks import census, check, conversion
 from benchmarks.coverage.jobs import Job, Row
+from benchmarks.coverage.original import Inputs
 
 FAST = (
     "resnet10t", "convnext_zepto_rms", "efficientnet_lite0", "vit_tiny_patch16_224", "test_nfnet", "levit_128s",

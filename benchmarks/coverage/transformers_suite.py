@@ -7,8 +7,9 @@ import re
 
 from torch import nn
 
-from benchmarks.coverage.checks import Inputs, check
+from benchmarks.coverage.checks import check
 from benchmarks.coverage.jobs import Job, Row
+from benchmarks.coverage.original import Inputs
 from benchmarks.coverage.transformers_models import build, head_of, names
 
 FAST = ("bert", "gpt2", "llama", "t5", "vit", "wav2vec2")
