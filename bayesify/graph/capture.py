@@ -44,8 +44,8 @@ class _OneForward(fx.Tracer):
 
 @dataclass(frozen=True)
 class Use:
-    """A linear operation of a graph, or a call of a module that may be one, with operands made of parameters alone:
-    these nodes, and what they are made of."""
+    """A linear operation of a graph, or what may lead to one elsewhere (the call of a module, the output), with
+    operands made of parameters alone: these nodes, and what they are made of."""
 
     node: fx.Node
     weights: dict[fx.Node, frozenset[str]]
@@ -85,8 +85,9 @@ def linear_uses(
     """Follow parameters and inputs through a graph.
 
     Returns:
-        The linear operations with an operand computed from parameters alone, calls of child modules that are given
-        one beside an input among them; and the calls of child modules whose arguments do not depend on any input.
+        The linear operations with an operand computed from parameters alone, with the calls of child modules that are
+        given one beside an input, and the output if it is one; and the calls of child modules whose arguments do not
+        depend on any input.
     """
     sources: dict[fx.Node, frozenset[str]] = {}
     batch: dict[fx.Node, bool] = {}
@@ -105,7 +106,8 @@ def linear_uses(
         weights = [
             operand for operand in operands if sources[operand] and not batch[operand] and not _added(node, operand)
         ]
-        if weights and (is_linear_operation(node) or (node.op == "call_module" and batch[node])):
+        handed_on = node.op == "output" or (node.op == "call_module" and batch[node])
+        if weights and (handed_on or is_linear_operation(node)):
             uses.append(Use(node, {operand: sources[operand] for operand in weights}, batch[node]))
         if batch[node]:
             sources[node] = frozenset()

@@ -33,16 +33,18 @@ class Uses:
         owner = self.names.get(owner, owner)
         for weight, parameters in use.weights.items():
             for parameter in parameters:
-                if use.node.op == "call_module":
-                    self._give(owner, use, parameter)
+                if use.node.op in ("call_module", "output"):
+                    self._hand_on(owner, use, parameter)
                 elif not self._of_the_layer_itself(parameter, owner):
                     self._add(owner, use, weight, parameter, parameter_of)
 
-    def _give(self, owner: str, use: Use, parameter: str) -> None:
-        """Note that a child gets a parameter beside activations, as the queries of a cross-attention."""
+    def _hand_on(self, owner: str, use: Use, parameter: str) -> None:
+        """Note that a child gets a parameter beside activations, as the query of an attention, or a caller gets it."""
         if len(self.shapes[parameter]) > 1:
+            called = use.node.op == "call_module"
+            where = f"given to {join(owner, use.operation)}" if called else f"returned by {owner or 'the model'}"
             self.found.setdefault(parameter, {})
-            self.refused.setdefault(parameter, f"given to {join(owner, use.operation)}, use unknown")
+            self.refused.setdefault(parameter, f"{where}, use unknown")
 
     def _of_the_layer_itself(self, parameter: str, owner: str) -> bool:
         """Whether a layer of the plan uses its own weight; a graph knows a tied weight by one of its names."""

@@ -93,7 +93,8 @@ class Account:
 
 def _reason_of(text: str) -> tuple[str, str | None]:
     """A reason without the names in it, and the module that it says uses the weight."""
-    match = re.fullmatch(r"((?:raw parameter, )?(?:used through \S+ in|may be read in|given to)) (.*?)(, .*)", text)
+    uses = r"used through \S+ in|may be read in|given to|returned by"
+    match = re.fullmatch(rf"((?:raw parameter, )?(?:{uses})) (.*?)(, .*)", text)
     if match:
         return f"{match[1]}{match[3]}", "" if match[2] == "the model" else match[2]
     if text.startswith("part of the layer "):

@@ -1,4 +1,4 @@
-"""What only the exported graph shows: regions of their own, and attention that is given a constant."""
+"""Parameters at the borders of graphs: in regions of an exported one, given to children, returned to callers."""
 
 from __future__ import annotations
 
@@ -66,6 +66,37 @@ def test_attention_that_is_given_a_learned_query(untraceable: bool) -> None:
     outputs = bnn.predict(x).outputs
     for k in range(2):
         torch.testing.assert_close(outputs[k, 0], bnn.merge(k)(x))
+
+
+class Latents(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, batch: int) -> Tensor:
+        return self.latents.expand(batch, -1, -1)
+
+
+class Reader(nn.Module):
+    """Compares its tokens with what another module returns."""
+
+    def __init__(self, untraceable: bool) -> None:
+        super().__init__()
+        self.queries, self.keys, self.head = Latents(), nn.Linear(4, 4), nn.Linear(3, 2)
+        self.untraceable = untraceable
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.untraceable and x.shape[0] > 1000:
+            raise ValueError("too many examples")
+        return self.head((self.keys(x) @ self.queries(x.shape[0]).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize("untraceable", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_returned_parameter_is_listed(untraceable: bool, given: bool) -> None:
+    report = bayesify(Reader(untraceable), members=2, example_inputs=torch.randn(3, 5, 4) if given else None).report
+    assert set(report.converted) == {"keys", "head"}
+    assert report.skipped["queries.latents"].startswith("raw parameter, ")
 
 
 class Twice(nn.Module):
