@@ -47,8 +47,9 @@ class Rows:
 
     def batch_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         """B, read from the main input or else the first tensor; images, where a tower gets the patches of all."""
-        if isinstance(kwargs.get(_GRID), Tensor):
-            return len(kwargs[_GRID])
+        grid = _grid(kwargs)
+        if grid is not None:
+            return len(grid)
         main = kwargs.get(self.main) if isinstance(self.main, str) else None
         for value in (main, *args, *kwargs.values()):
             for leaf in _leaves(value):
@@ -64,7 +65,7 @@ class Rows:
         """Repeat every input that carries the batch `members` times."""
         if members == 1:
             return args, dict(kwargs)
-        if isinstance(kwargs.get(_GRID), Tensor):
+        if _grid(kwargs) is not None:
             args, named = map_tensors((args, dict(kwargs)), lambda t: _repeat(t, t.shape[0], members, 0))
             return args, named
         batch = self.batch_size(args, kwargs)
@@ -147,6 +148,11 @@ def _leaves(value: Any) -> list[Any]:
     return found
 
 
+def _grid(kwargs: Mapping[str, Any]) -> Tensor | None:
+    grid = kwargs.get(_GRID)
+    return grid if isinstance(grid, Tensor) else None
+
+
 def _has_logits(output: Any) -> bool:
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     return isinstance(logits, Tensor)
@@ -194,19 +200,21 @@ def _reduce(output: Any, members: int, batch: int, task: TaskName | None, named_
             fields = {f.name: reduced(getattr(value, f.name), f.name) for f in dataclasses.fields(value)}
             return dataclasses.replace(value, **fields)
         if isinstance(value, (list, tuple)) and _is_of_each(value, members * batch, name):
-            groups = zip(
-                *(value[k * len(value) // members :][: len(value) // members] for k in range(members)), strict=True
-            )
-            return type(value)(_mean(torch.cat(group), members, 0) for group in groups)
+            each = len(value) // members
+            return type(value)(_mean(torch.cat(value[i::each]), members, 0) for i in range(each))
         return map_tensors(value, lambda t: tensor(t, name))
 
     return reduced(output, None)
 
 
+def _has_several_rows(name: str | None) -> bool:
+    return name is not None and name.endswith(_OF_SEVERAL_ROWS)
+
+
 def _is_of_each(values: Any, rows: int, name: str | None) -> bool:
     """Whether an output is a list with a tensor, or several, of each row: an image has as many patches as it has."""
     tensors = all(isinstance(value, Tensor) and value.dim() for value in values)
-    several = name is not None and name.endswith(_OF_SEVERAL_ROWS) and len(values) > 0 and len(values) % rows == 0
+    several = _has_several_rows(name) and len(values) > 0 and len(values) % rows == 0
     return tensors and several and all(_rows_dim(value.shape, rows, name) is None for value in values)
 
 
@@ -216,7 +224,7 @@ def _rows_dim(shape: torch.Size, rows: int, name: str | None) -> int | None:
         return None
     if shape[0] == rows:
         return 0
-    several = name is not None and name.endswith(_OF_SEVERAL_ROWS)
+    several = _has_several_rows(name)
     if several and shape[0] and shape[0] % rows == 0:
         return 0
     if name is None or name in _LOGITS or name in _CACHES or len(shape) < 3:
