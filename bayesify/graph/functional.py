@@ -67,8 +67,9 @@ def _indices(node: fx.Node, parameter_of: ParameterOf, shapes: Mapping[str, torc
     operation = str(others[0]) if is_property else operation_name(node).strip("_")
     if operation in SAME:
         return indices
-    symbolic = any(isinstance(value, fx.Node) for value in (*others, *node.kwargs.values()))
-    if operation not in VIEWS or symbolic:
+    computed: list[fx.Node] = []
+    fx.node.map_arg((others, node.kwargs), computed.append)  # type: ignore[arg-type]
+    if operation not in VIEWS or computed:
         raise UnsupportedError(f"changed by {operation} before it is used")
     if node.op == "call_method":
         return [getattr(index, str(node.target))(*others, **node.kwargs) for index in indices]

@@ -144,6 +144,7 @@ def test_added_factors(name: str) -> None:
 
 REFUSED: dict[str, tuple[tuple[int, ...], Callable[..., Tensor], str]] = {
     "changed": ((D, 4), lambda x, w, b: x @ w.softmax(0), "changed by softmax"),
+    "looked-up": ((D, 4), lambda x, w, b: x @ w[torch.arange(D).flip(0), :], "changed by getitem"),
     "two-ways": ((D, D), lambda x, w, b: F.linear(x, w) + x @ w, "in several ways"),
     "constant": ((D, 4), lambda x, w, b: x[..., :4] + torch.ones(D) @ w, "the same for every example"),
     "grouped": ((4, 3, 1), lambda x, w, b: F.conv1d(x.mT, w, groups=2), "no rank-1 equivalent"),
