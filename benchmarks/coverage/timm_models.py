@@ -21,9 +21,9 @@ FAST = (
 )  # fmt: skip
 """Small networks of different kinds, for a test of less than a minute."""
 
-_SIZES = (64, 96, 128, 160)
-"""Image sizes to try before the network's own; below 64 whole stages shrink to one pixel, where nothing depends on
-attention."""
+_SIZES = (64, 96, 126, 128, 160)
+"""Image sizes to try before the network's own, 126 for patches of 14; below 64 whole stages shrink to one pixel, where
+nothing depends on attention."""
 
 _CHEAP = 30_000_000
 """Further variants of a family are checked up to this many parameters."""
