@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bayesify.added import Added, Held
 from bayesify.batch import Rows, add_to_loss
 from bayesify.config import NetworkConfig, Rank1Config
-from bayesify.distributions import CLIP, Factor, kl_divergence
+from bayesify.distributions import CLIP, Factor, hold_parts, kl_divergence, side_by_side
 from bayesify.errors import BayesifyError, DataError, RowsError
 from bayesify.graph import ConversionReport, observe, restore, site_name, take_out
 from bayesify.layers import (
@@ -273,22 +273,21 @@ class BayesianModel(nn.Module):
         its draws do not depend on which other members are computed beside it.
         """
         self._check_converted()
-        factors = [factor for _, _, factor in self.factors()]
+        groups = side_by_side(factor for _, _, factor in self.factors())
         self._hold_members(members)
-        index = range(*members.indices(self.members))
-        if seed is None or not any(factor.random for factor in factors):
-            for factor in factors:
-                factor.hold(factor.mean[members].clamp(-CLIP, CLIP))
+        if seed is None or not any(factor.random for factor, _ in groups):
+            for factor, parts in groups:
+                hold_parts(parts, factor.mean[members].clamp(-CLIP, CLIP))
             return False
         each = examples if self.config.noise == "example" else 1
-        device = factors[0].loc.device
-        noise: list[list[Tensor]] = [[] for _ in factors]
-        for member in index:
+        device = groups[0][1][0].loc.device
+        noise: list[list[Tensor]] = [[] for _ in groups]
+        for member in range(*members.indices(self.members)):
             generator = torch.Generator(device).manual_seed(random.Random(repr((seed, member))).getrandbits(63))
-            for parts, factor in zip(noise, factors, strict=True):
-                parts.append(factor.noise(each, generator))
-        for parts, factor in zip(noise, factors, strict=True):
-            factor.hold(factor.transform(torch.stack(parts), members).flatten(0, 1))
+            for drawn, (factor, _) in zip(noise, groups, strict=True):
+                drawn.append(factor.noise(each, generator))
+        for drawn, (factor, parts) in zip(noise, groups, strict=True):
+            hold_parts(parts, factor.transform(torch.stack(drawn), members).flatten(0, 1))
         return True
 
     def _check_converted(self) -> None:
@@ -312,7 +311,8 @@ class BayesianModel(nn.Module):
         from torch's global generator (`bayesify.distributions.kl_variance` gives its variance).
         """
         self._check_converted()
-        per_member = torch.stack([kl_divergence(factor) for _, _, factor in self.factors()]).sum(0)
+        groups = side_by_side(factor for _, _, factor in self.factors())
+        per_member = torch.stack([kl_divergence(factor) for factor, _ in groups]).sum(0)
         return per_member.mean() if self.config.kl_reduction == "mean" else per_member.sum()
 
     # -------------------------------------------------------------------------------------------- ways out

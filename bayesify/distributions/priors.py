@@ -29,6 +29,8 @@ class Prior(Added):
     """p(f) of every element of a factor."""
 
     family: ClassVar[str]
+    of_each_element: ClassVar[bool] = True
+    """Whether it is the same for every element, and knows none but it."""
 
     def __init__(self, loc: float = 0.0, scale: float = 1.0) -> None:
         super().__init__()
@@ -66,6 +68,7 @@ class TrainableStdPrior(NormalPrior):
     """N(loc, scale²) with a learned scale for each element: softplus(rho) + 1e-7, rho [K, d]."""
 
     family = "trainable-std"
+    of_each_element = False
 
     def __init__(self, loc: float, scale: float, shape: tuple[int, ...] = (1,)) -> None:
         super().__init__(loc, scale)
@@ -93,6 +96,7 @@ class EmpiricalBayesPrior(Prior):
     """
 
     family = "empirical-bayes"
+    of_each_element = False
     SHAPE = 2.01
     RATE = 0.101
 

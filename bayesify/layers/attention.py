@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesify.layers.linear import fold_matrix
+from bayesify.layers.product import DENSE
 from bayesify.layers.registry import Derived, Rank1Layer, rank1
 from bayesify.layers.site import Site
 
@@ -97,18 +98,16 @@ class Rank1MultiheadAttention(Rank1Layer, nn.MultiheadAttention):
             projected = []
             for name, x, bias in zip(_SEPARATE, inputs, biases, strict=True):
                 site = self.rank1[name]  # type: ignore[assignment]
-                projected.append(site.scale_outputs(F.linear(site.scale_inputs(x), getattr(self, name)), bias))
+                projected.append(site.product(x, getattr(self, name), bias, DENSE))
             return projected
         site = self.rank1["in_proj_weight"]  # type: ignore[assignment]
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if same:
-            projected = site.scale_outputs(F.linear(site.scale_inputs(inputs[0]), weight), bias)
-            return list(projected.chunk(3, -1))
+            return list(site.product(inputs[0], weight, bias, DENSE).chunk(3, -1))
         projected = []
         for part, x in enumerate(inputs):
             rows = slice(part * self.embed_dim, (part + 1) * self.embed_dim)
-            y = F.linear(site.scale_inputs(x), weight[rows])
-            projected.append(site.scale_outputs(y, None if bias is None else bias[rows], part=rows))
+            projected.append(site.product(x, weight[rows], None if bias is None else bias[rows], DENSE, part=rows))
         return projected
 
     @classmethod

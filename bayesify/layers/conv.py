@@ -9,10 +9,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bayesify.errors import BayesifyError
+from bayesify.layers.product import Convolution
 from bayesify.layers.registry import Rank1Layer, rank1
+
+_PLAIN = (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)
 
 
 class _Rank1Conv(Rank1Layer):
@@ -45,8 +47,17 @@ class _Rank1Conv(Rank1Layer):
     def forward(self, input: Tensor) -> Tensor:
         self._check(input)
         site, layer = self.site, cast(Any, self)
+        own = layer._conv_forward.__func__ not in _PLAIN
+        if layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and not own:
+            return site.product(input, self.weight, self.bias, self._map(), 1)
         y = layer._conv_forward(site.scale_inputs(input, 1), self.weight, None)
         return site.scale_outputs(y, self.bias, 1)
+
+    def _map(self, output_padding: list[int] | None = None) -> Convolution:
+        layer = cast(Any, self)
+        padding = [0] if isinstance(layer.padding, str) else list(layer.padding)
+        more = output_padding or [0] * len(self.kernel_size)
+        return Convolution(list(layer.stride), padding, list(layer.dilation), layer.transposed, more, self.groups)
 
     def applied(self, name: str, s: Tensor) -> Tensor:
         layer = cast(Any, self)
@@ -56,15 +67,8 @@ class _Rank1Conv(Rank1Layer):
         return torch.einsum("goi,gi->go", per_tap, s.view(self.groups, -1)).flatten()
 
     def folded(self, name: str, s: Tensor | None, r: Tensor | None) -> Tensor:
-        """W ∘ (r sᵀ) for W [out, in / groups, ...]."""
         weight: Tensor = getattr(self, name)
-        out_channels, per_group, groups = weight.shape[0], weight.shape[1], self.groups
-        blocks = weight.reshape(groups, out_channels // groups, per_group, -1)
-        if s is not None:
-            blocks = blocks * s.to(weight.dtype).view(groups, 1, per_group, 1)
-        if r is not None:
-            blocks = blocks * r.to(weight.dtype).view(groups, -1, 1, 1)
-        return blocks.reshape(weight.shape)
+        return self._map().folded(weight, *(None if v is None else v.to(weight.dtype) for v in (s, r)))
 
 
 class _Rank1ConvTranspose(_Rank1Conv):
@@ -78,23 +82,7 @@ class _Rank1ConvTranspose(_Rank1Conv):
         output_padding = layer._output_padding(
             input, output_size, layer.stride, layer.padding, self.kernel_size, spatial, layer.dilation
         )
-        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
-        scaled = site.scale_inputs(input, 1)
-        y = convolve(
-            scaled, self.weight, None, layer.stride, layer.padding, output_padding, self.groups, layer.dilation
-        )
-        return site.scale_outputs(y, self.bias, 1)
-
-    def folded(self, name: str, s: Tensor | None, r: Tensor | None) -> Tensor:
-        """W ∘ (r sᵀ) for W [in, out / groups, ...]."""
-        weight: Tensor = getattr(self, name)
-        in_channels, per_group, groups = weight.shape[0], weight.shape[1], self.groups
-        blocks = weight.reshape(groups, in_channels // groups, per_group, -1)
-        if s is not None:
-            blocks = blocks * s.to(weight.dtype).view(groups, -1, 1, 1)
-        if r is not None:
-            blocks = blocks * r.to(weight.dtype).view(groups, 1, per_group, 1)
-        return blocks.reshape(weight.shape)
+        return site.product(input, self.weight, self.bias, self._map(list(output_padding)), 1)
 
 
 @rank1(nn.Conv1d)

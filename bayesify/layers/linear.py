@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bayesify.layers.product import DENSE
 from bayesify.layers.registry import Rank1Layer, rank1
 
 
@@ -16,8 +17,7 @@ class Rank1Linear(Rank1Layer, nn.Linear):
     """y = r ∘ (W (s ∘ x)) + b for x [N, ..., in], W [out, in], s [N, in], r [N, out] (paper Fig. 2)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        site = self.site
-        return site.scale_outputs(F.linear(site.scale_inputs(input), self.weight), self.bias)
+        return self.site.product(input, self.weight, self.bias, DENSE)
 
     @classmethod
     def sizes(cls, layer: Any) -> dict[str, tuple[int, int]]:
@@ -54,10 +54,8 @@ class Rank1Conv1DMatrix(Rank1Layer):
 
 
 def fold_matrix(weight: Tensor, s: Tensor | None, r: Tensor | None) -> Tensor:
-    """W ∘ (r sᵀ) for W [out, in]."""
-    if s is not None:
-        weight = weight * s.to(weight.dtype)
-    return weight if r is None else weight * r.to(weight.dtype)[:, None]
+    """W ∘ (r sᵀ) for W [out, in], in the dtype of W."""
+    return DENSE.folded(weight, *(None if v is None else v.to(weight.dtype) for v in (s, r)))
 
 
 def _dtype(layer: nn.Module) -> torch.dtype:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bayesify.distributions import Factor
 from bayesify.errors import RowsError
 from bayesify.layers.members import MemberVector
+from bayesify.layers.product import Map, product
 
 TAKEN: ContextVar[tuple[Tensor, int] | None] = ContextVar("TAKEN", default=None)
 """The tokens [n] that were last taken out of how many, inside a module that hands tokens on."""
@@ -53,6 +54,25 @@ class Site(nn.Module):
         """Called with what a product in a module's own code is about to get."""
 
     # ---------------------------------------------------------------------------- with the draw in force
+
+    def product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, linear: Map, dim: int = -1, part: slice = slice(None)
+    ) -> Tensor:
+        """The whole map, for x [N, ...] with its channels in dimension `dim`; `part` of the outputs, if not all."""
+        s, r, along = None, None, None
+        if self.s is not None:
+            s = self._rows(self.s.value(), x, dim)
+        if self.r is not None:
+            r = self._rows(self.r.value()[:, part], x, dim)
+        if bias is not None:
+            along = _along(bias, x, dim)
+            if self.own_bias is not None:
+                along = along + self._rows(self.own_bias.value()[:, part], x, dim)
+        y = product(x, weight, along, s, r, linear, single=self.rows == 1)
+        if y is None:
+            y = linear(self.scale_inputs(x, dim), weight)
+            y = self.scale_outputs(y, bias, dim, part)
+        return y
 
     def scale_inputs(self, x: Tensor, dim: int = -1) -> Tensor:
         """The perturbed inputs, with the channels of x [N, ...] in dimension `dim`."""
@@ -115,6 +135,11 @@ class AdditiveSite(Site):
 
     def releave(self, y: Tensor, r: Tensor, bias: Tensor | None) -> Tensor:
         return y + r
+
+    def product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, linear: Map, dim: int = -1, part: slice = slice(None)
+    ) -> Tensor:
+        return self.scale_outputs(linear(self.scale_inputs(x, dim), weight), bias, dim, part)
 
 
 def repeat_rows(draw: Tensor, rows: int) -> Tensor:

@@ -1,0 +1,333 @@
+"""The product of a site, y = r ∘ W (s ∘ x) + b, as cheaply as memory allows.
+
+Multiplications are bound by memory: a fresh tensor of a hundred megabytes costs more than the arithmetic in it. So
+rows are taken in chunks whose perturbed inputs and outputs stay in the cache, what is fresh is changed in place, and
+training keeps no more than the plain layer does. For that, the gradient of r is had from the layer's own output
+z = r ∘ y + b, which the next layer keeps anyway, and not from y: Σ g ∘ y = (Σ g ∘ z − b Σ g) / r.
+
+Legend: N rows in the first dimension; s, r and b come shaped to broadcast with x [N, ...] and y [N, ...].
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CHUNK_BYTES = 4 << 20
+"""Size of what a chunk of rows makes on the way: near the cache that cores share."""
+FOLD = 1.0
+"""What folding costs an element of the weight, in multiplications of an element of the activations."""
+SMALLEST_DIVISOR = 1e-5
+"""Where |r| is smaller, dividing by it would lose the gradient of r, and y is computed anew."""
+
+
+class Map(Protocol):
+    """A linear map and its gradients."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+    def folded(self, weight: Tensor, s: Tensor | None, r: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """W ∘ (r sᵀ) for s [in], r [out]; written to a tensor of the shape of W, if given."""
+        ...
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]: ...
+
+    def growth(self, weight: Tensor) -> float:
+        """Size of y over that of x, about."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """y = x Wᵀ for x [N, ..., in], W [out, in]."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def folded(self, weight: Tensor, s: Tensor | None, r: Tensor | None, out: Tensor | None = None) -> Tensor:
+        return _multiplied(weight, s, None if r is None else r[:, None], out)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        flat = grad.reshape(-1, grad.shape[-1])
+        return (
+            grad @ weight if of_x else None,
+            flat.t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,
+        )
+
+    def growth(self, weight: Tensor) -> float:
+        return weight.shape[0] / weight.shape[1]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution with zeros around its input, or a transposed one; x [N, in, ...]."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    output_padding: list[int]
+    groups: int
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.convolution(
+            x, weight, bias, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
+        )
+
+    def folded(self, weight: Tensor, s: Tensor | None, r: Tensor | None, out: Tensor | None = None) -> Tensor:
+        first, second = (s, r) if self.transposed else (r, s)  # of the weight's dimensions, grouped by the first
+        taps = weight[0, 0].numel()
+        shape = (self.groups, -1, weight.shape[1] * taps)
+        if first is not None:
+            first = first.view(self.groups, -1, 1)
+        if second is not None:
+            second = second.view(self.groups, 1, -1, 1).expand(-1, -1, -1, taps).reshape(self.groups, 1, -1)
+        into = None if out is None else out.view(shape)
+        return _multiplied(weight.reshape(shape), second, first, into).view(weight.shape)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        of = [of_x, of_weight, False]
+        options = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups, of)
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *options)
+        return grad_x, grad_weight
+
+    def growth(self, weight: Tensor) -> float:
+        outputs, inputs = weight.shape[0], weight.shape[1] * self.groups
+        stride = math.prod(self.stride)
+        return inputs * stride / outputs if self.transposed else outputs / (inputs * stride)
+
+
+DENSE = Dense()
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor | None,
+    r: Tensor | None,
+    linear: Map,
+    single: bool,
+) -> Tensor | None:
+    """y = r ∘ W (s ∘ x) + b; `None` where it is to be computed operation by operation.
+
+    That is: under a compiler, which has fusion of its own; under function transforms; and for weights that are no plain
+    tensors, such as those in low bits.
+
+    Args:
+        single: whether all rows share one draw, which may then be folded into the weight.
+    """
+    plain = type(weight) in (Tensor, nn.Parameter) and type(x) in (Tensor, nn.Parameter)
+    if torch.compiler.is_compiling() or not plain or torch._C._are_functorch_transforms_active():
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias, s, r = (None if t is None else t.to(dtype) for t in (x, weight, bias, s, r))  # type: ignore[assignment]
+        with torch.autocast(x.device.type, enabled=False):
+            return product(x, weight, bias, s, r, linear, single)
+    tensors = (x, weight, bias, s, r)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return cast(Tensor, _Product.apply(*tensors, linear, single))
+    return _forward(x, weight, bias, s, r, linear, single)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor | None,
+    r: Tensor | None,
+    linear: Map,
+    single: bool,
+) -> Tensor:
+    if single and _smaller_weight(x, weight, s, r, linear):
+        s, r, bias = (None if t is None else t.flatten() for t in (s, r, bias))
+        return linear(x, linear.folded(weight, s, r, _scratch(weight)), bias)
+    out = None
+    for rows in _chunks(x, weight, linear):
+        y = linear(_times(x[rows], s, rows), weight)
+        if len(y) == len(x):
+            return _finish(y, r, bias, rows, y)
+        if out is None:
+            out = _empty_rows(len(x), y)
+        _finish(y, r, bias, rows, out[rows])
+    return cast(Tensor, out)
+
+
+def _smaller_weight(x: Tensor, weight: Tensor, s: Tensor | None, r: Tensor | None, linear: Map) -> bool:
+    """Whether multiplying the weight costs less than multiplying what the layer gets and gives."""
+    sides = (s is not None) * x.numel() + (r is not None) * x.numel() * linear.growth(weight)
+    return FOLD * weight.numel() < sides
+
+
+def _finish(y: Tensor, r: Tensor | None, bias: Tensor | None, rows: slice, out: Tensor) -> Tensor:
+    """r ∘ y + b, written to `out`, which may be y."""
+    r, bias = _part(r, rows), _part(bias, rows)
+    if r is not None:
+        return torch.mul(y, r, out=out) if bias is None else torch.addcmul(bias, y, r, out=out)
+    if bias is not None:
+        return torch.add(y, bias, out=out)
+    return y if out is y else out.copy_(y)
+
+
+class _Product(torch.autograd.Function):
+    """The product with gradients. Saved: what the plain layer saves, and the output, which is not copied."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors_and_map: Any) -> Tensor:  # type: ignore[override]
+        x, weight, bias, s, r, linear, single = tensors_and_map
+        out = _forward(x, weight, bias, s, r, linear, single)
+        ctx.linear = linear
+        ctx.save_for_backward(x, weight, bias, s, r)
+        # Not saved as the others are: the next layer may change it in place, as ReLU does, and then y is computed anew.
+        ctx.out = out.detach() if r is not None and ctx.needs_input_grad[4] else None
+        ctx.version = out._version
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, weight, bias, s, r = ctx.saved_tensors
+        of_x, of_weight, of_bias, of_s, of_r, *_ = ctx.needs_input_grad
+        out, ctx.out = ctx.out, None
+        if out is not None and (out._version != ctx.version or bool((r.abs() < SMALLEST_DIVISOR).any())):
+            out = None
+        differentiable = torch.is_grad_enabled()
+        by_output = of_r and out is not None and not differentiable
+        d_x, d_weight, d_bias, d_s, d_r, sums = (_Gradient() for _ in range(6))
+        for rows in [slice(0, len(x))] if differentiable else _chunks(x, weight, ctx.linear):
+            g, part = grad[rows], x[rows]
+            if of_bias or (by_output and bias is not None):
+                total = _sum_like(g, bias if r is None or (bias is not None and bias.numel() > r.numel()) else r, rows)
+                if of_bias:
+                    d_bias.add(_sum_like(total, bias, rows), bias)
+                if by_output:
+                    sums.add(_sum_like(total, r, rows), r)
+            if of_r:
+                other = cast(Tensor, out)[rows] if by_output else ctx.linear(_times(part, s, rows), weight)
+                d_r.add(_sum_like(g * other, r, rows), r)
+            if not (of_x or of_weight or of_s):
+                continue
+            scaled = _times(part, s, rows) if of_weight else part
+            back, w = ctx.linear.gradients(_times(g, r, rows), scaled, weight, of_x or of_s, of_weight)
+            if of_weight:
+                d_weight.add(w, None)
+            if of_s:
+                d_s.add(_sum_like(back * part, s, rows), s)
+            if of_x:
+                d_x.add_rows(back if s is None else _scaled(back, _part(s, rows), differentiable), rows, len(x))
+        of_r_sum = d_r.value()
+        if by_output and of_r_sum is not None:
+            if bias is not None:
+                of_r_sum = of_r_sum - bias * sums.value()
+            of_r_sum = of_r_sum / cast(Tensor, r)
+        return d_x.value(), d_weight.value(), d_bias.value(), d_s.value(), of_r_sum, None, None
+
+
+class _Gradient:
+    """A gradient that is put together from chunks of rows: side by side, or summed where rows share it."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+        self.whole: Tensor | None = None
+
+    def add(self, part: Tensor, like: Tensor | None) -> None:
+        if self.parts and like is None:
+            self.parts[0] += part
+        elif self.parts and len(cast(Tensor, like)) == 1:
+            self.parts[0] = self.parts[0] + part
+        else:
+            self.parts.append(part)
+
+    def add_rows(self, part: Tensor, rows: slice, count: int) -> None:
+        if len(part) == count:
+            self.whole = part
+            return
+        if self.whole is None:
+            self.whole = _empty_rows(count, part)
+        self.whole[rows] = part
+
+    def value(self) -> Tensor | None:
+        if self.whole is not None or not self.parts:
+            return self.whole
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+def _chunks(x: Tensor, weight: Tensor, linear: Map) -> Iterator[slice]:
+    """Rows that are computed at once: all, or as many as make temporary tensors of CHUNK_BYTES, and no fewer bytes than
+    the weight has, which every chunk reads."""
+    count = len(x)
+    if x.device.type == "cpu" and x.dim() > 1:
+        row = x.element_size() * (x.numel() // max(count, 1)) * max(1.0, linear.growth(weight))
+        limit = max(CHUNK_BYTES, 2 * _weight_bytes(weight))
+        if count * row > 2 * limit:
+            count = max(1, int(limit / row))
+    return (slice(start, min(start + count, len(x))) for start in range(0, max(len(x), 1), max(count, 1)))
+
+
+_THREAD = threading.local()
+
+
+def _scratch(like: Tensor) -> Tensor | None:
+    """Memory for a folded weight, kept from layer to layer, on a CPU, where a thread is done with one before the next:
+    fresh memory costs many times the multiplication."""
+    if like.device.type != "cpu":
+        return None
+    size = like.numel() * like.element_size()
+    kept: Tensor | None = getattr(_THREAD, "memory", None)
+    if kept is None or kept.numel() < size:
+        with torch.inference_mode(False):
+            _THREAD.memory = kept = torch.empty(size, dtype=torch.uint8)
+    return kept[:size].view(like.dtype).view(like.shape)
+
+
+def _weight_bytes(weight: Tensor) -> int:
+    return weight.numel() * weight.element_size()
+
+
+def _multiplied(value: Tensor, one: Tensor | None, other: Tensor | None, out: Tensor | None) -> Tensor:
+    """value ∘ one ∘ other."""
+    if out is None:
+        return value * (1 if one is None else one) * (1 if other is None else other)
+    value = value if one is None else torch.mul(value, one, out=out)
+    return value if other is None else torch.mul(value, other, out=out)
+
+
+def _part(vector: Tensor | None, rows: slice) -> Tensor | None:
+    return vector if vector is None or len(vector) == 1 else vector[rows]
+
+
+def _times(x: Tensor, vector: Tensor | None, rows: slice) -> Tensor:
+    part = _part(vector, rows)
+    return x if part is None else x * part
+
+
+def _scaled(x: Tensor, vector: Tensor | None, differentiable: bool) -> Tensor:
+    """x ∘ v, in x itself if nothing else needs it."""
+    return x * vector if differentiable else x.mul_(vector)  # type: ignore[operator,arg-type]
+
+
+def _sum_like(value: Tensor, like: Tensor | None, rows: slice) -> Tensor:
+    return value.sum_to_size(cast(Tensor, _part(like, rows)).shape)
+
+
+def _empty_rows(rows: int, like: Tensor) -> Tensor:
+    """An empty [rows, ...] with the rest of its shape, and its layout in memory, from `like`."""
+    shape = (rows, *like.shape[1:])
+    last = like.dim() == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+    return like.new_empty(shape).to(memory_format=torch.channels_last) if last else like.new_empty(shape)

@@ -1,0 +1,180 @@
+"""The product of a site in one piece: the same values and gradients as operation by operation, and no more memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayesify import bayesify
+from bayesify.layers import product as module
+from bayesify.layers.product import DENSE, Convolution, product
+
+N = 12
+
+
+def convolution(stride: int = 1, padding: int = 1, groups: int = 1, transposed: bool = False) -> Convolution:
+    return Convolution([stride] * 2, [padding] * 2, [1] * 2, transposed, [0] * 2, groups)
+
+
+MAPS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], int, int]] = {
+    # map, shape of x, shape of W, channels out, channel dimension
+    "dense": (DENSE, (N, 6), (5, 6), 5, -1),
+    "tokens": (DENSE, (N, 7, 6), (5, 6), 5, -1),
+    "images": (convolution(), (N, 6, 5, 5), (4, 6, 3, 3), 4, 1),
+    "strided": (convolution(stride=2), (N, 6, 5, 5), (4, 6, 3, 3), 4, 1),
+    "depthwise": (convolution(groups=6), (N, 6, 5, 5), (6, 1, 3, 3), 6, 1),
+    "grouped": (convolution(groups=2), (N, 6, 5, 5), (4, 3, 3, 3), 4, 1),
+    "transposed": (convolution(stride=2, transposed=True), (N, 6, 5, 5), (6, 4, 3, 3), 4, 1),
+    "transposed, grouped": (convolution(groups=2, transposed=True), (N, 6, 5, 5), (6, 2, 3, 3), 4, 1),
+}  # fmt: skip
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "chunks"])
+def chunks(request: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Chunks of a few rows, as large inputs have."""
+    if request.param:
+        monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(module, "_weight_bytes", lambda weight: 0)
+    return request.param
+
+
+def operands(name: str, rows: int, bias_rows: int = 1, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """x, W, b, s, r that broadcast, with gradients."""
+    _, x, weight, out, dim = MAPS[name]
+    torch.manual_seed(0)
+
+    def along(count: int, channels: int) -> Tensor:
+        shape = [1] * len(x)
+        shape[0], shape[dim] = count, channels
+        return torch.randn(shape, dtype=dtype) + 1
+
+    values = [torch.randn(x, dtype=dtype), torch.randn(weight, dtype=dtype), along(bias_rows, out), along(rows, x[dim]),
+              along(rows, out)]  # fmt: skip
+    return [value.requires_grad_() for value in values]
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor, s: Tensor, r: Tensor, linear: Any) -> Tensor:
+    return linear(x * s, weight) * r + bias
+
+
+def gradients(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum(), inputs))
+
+
+@pytest.mark.parametrize(("rows", "bias_rows"), [(N, 1), (1, 1), (N, N)])
+@pytest.mark.parametrize("name", MAPS)
+def test_values_and_gradients(name: str, rows: int, bias_rows: int, chunks: bool) -> None:
+    linear = MAPS[name][0]
+    inputs = operands(name, rows, bias_rows)
+    y = product(*inputs, linear, single=rows == 1)
+    assert y is not None
+    expected = plain(*inputs, linear)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradients(y, inputs), gradients(expected, inputs))
+    with torch.no_grad():
+        torch.testing.assert_close(product(*inputs, linear, single=rows == 1), expected.detach())
+
+
+@pytest.mark.parametrize("missing", [(2,), (3,), (4,), (2, 4), (3, 4)], ids=str)
+def test_what_is_missing_changes_nothing(missing: tuple[int, ...], chunks: bool) -> None:
+    inputs: list[Any] = operands("images", N)
+    neutral = [value if i not in missing else (0.0 if i == 2 else 1.0) for i, value in enumerate(inputs)]
+    given = [None if i in missing else value for i, value in enumerate(inputs)]
+    present = [value for i, value in enumerate(inputs) if i not in missing]
+    y = product(*given, convolution(), single=False)
+    assert y is not None
+    expected = plain(*neutral, convolution())
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradients(y, present), gradients(expected, present))
+
+
+@pytest.mark.parametrize("change", ["relu", "add", "none, r = 0"])
+def test_outputs_changed_in_place_and_factors_at_zero(change: str, chunks: bool) -> None:
+    inputs = operands("images", N)
+    if change.endswith("r = 0"):
+        with torch.no_grad():
+            inputs[4][1, 2] = 0.0
+
+    def after(y: Tensor | None) -> Tensor:
+        assert y is not None
+        y = y * 1 if not y.requires_grad else y
+        return F.relu_(y) if change == "relu" else y.add_(3.0).square() if change == "add" else y
+
+    y, expected = after(product(*inputs, convolution(), single=False)), after(plain(*inputs, convolution()))
+    torch.testing.assert_close(y, expected)
+    found = gradients(y, inputs)
+    torch.testing.assert_close(found, gradients(expected, inputs))
+    assert found[4].abs().min() > 0
+
+
+@pytest.mark.parametrize("name", ["tokens", "grouped"])
+def test_gradients_of_gradients(name: str) -> None:
+    inputs = operands(name, N)
+    assert torch.autograd.gradgradcheck(lambda *values: product(*values, MAPS[name][0], single=False), inputs)
+
+
+def test_backward_twice() -> None:
+    inputs = operands("tokens", N)
+    y = product(*inputs, DENSE, single=False)
+    assert y is not None
+    first = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), inputs), first)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv2d(6, 4, 3)], ids=["linear", "conv"])
+def test_autocast_casts_as_the_plain_layer_does(layer: nn.Module) -> None:
+    x = torch.randn(N, 6) if isinstance(layer, nn.Linear) else torch.randn(N, 6, 5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        y = bayesify(layer, members=1, init="ones", posterior="deterministic", task="regression").train()(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    y.float().sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
+
+
+def test_memory_layout_of_images_is_kept(chunks: bool) -> None:
+    inputs = operands("images", N, dtype=torch.float32)
+    x = inputs[0].detach().to(memory_format=torch.channels_last)
+    y = product(x, *inputs[1:], convolution(), single=False)
+    assert y is not None
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def kept(model: nn.Module, x: Tensor) -> int:
+    """Bytes of different storages that a forward pass keeps for its backward pass."""
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = model(x)
+    nodes, seen = [output.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [after for after, _ in node.next_functions]
+        if getattr(node, "out", None) is not None:
+            note(node.out)
+    return sum(sizes.values())
+
+
+def test_training_keeps_no_more_activations_than_the_plain_network() -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        blocks = [nn.Sequential(nn.Conv2d(16, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU()) for _ in range(4)]
+        return nn.Sequential(*blocks)
+
+    x = torch.randn(8, 16, 16, 16)
+    bnn = bayesify(network(), members=2).train()
+    assert kept(bnn, x) < 1.1 * kept(network(), x.repeat(2, 1, 1, 1))
