@@ -192,8 +192,10 @@ class _Product(torch.autograd.Function):
         out = _forward(x, weight, bias, s, r, linear, single)
         ctx.linear = linear
         ctx.save_for_backward(x, weight, bias, s, r)
-        # Not saved as the others are: the next layer may change it in place, as ReLU does, and then y is computed anew.
-        ctx.out = out.detach() if r is not None and ctx.needs_input_grad[4] else None
+        # Not saved as the others are: the next layer may change it in place, as ReLU does, and then y is computed anew;
+        # and not at all where saving is somebody else's business, such as that of gradient checkpointing.
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[attr-defined]
+        ctx.out = out.detach() if r is not None and ctx.needs_input_grad[4] and not hooked else None
         ctx.version = out._version
         return out
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from bayesify import bayesify
 from bayesify.layers import product as module
@@ -148,25 +149,38 @@ def test_memory_layout_of_images_is_kept(chunks: bool) -> None:
 
 def kept(model: nn.Module, x: Tensor) -> int:
     """Bytes of different storages that a forward pass keeps for its backward pass."""
-    sizes: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = model(x)
-    nodes, seen = [output.grad_fn], set()
+    output = model(x)
+    nodes, seen, sizes = [output.grad_fn], set(), {}
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         nodes += [after for after, _ in node.next_functions]
-        if getattr(node, "out", None) is not None:
-            note(node.out)
+        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        saved += [*getattr(node, "saved_tensors", ()), getattr(node, "out", None)]
+        for tensor in saved:
+            if isinstance(tensor, Tensor):
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(sizes.values())
+
+
+def test_gradient_checkpointing_keeps_nothing() -> None:
+    inputs = operands("images", N)
+    expected = gradients(plain(*inputs, convolution()), inputs)
+    nodes: list[Any] = []
+
+    def block(*values: Tensor) -> Tensor:
+        y = product(*values, convolution(), single=False)
+        assert y is not None
+        nodes.append(y.grad_fn)
+        return y * 1
+
+    y = checkpoint(block, *inputs, use_reentrant=False)
+    assert nodes[0].out is None
+    block(*inputs)
+    assert nodes[1].out is not None
+    torch.testing.assert_close(gradients(y, inputs), expected)
 
 
 def test_training_keeps_no_more_activations_than_the_plain_network() -> None:
