@@ -1,0 +1,136 @@
+"""How fast is a Bayesian network, beside K plain forwards and beside what others offer?
+
+    python benchmarks/speed/run.py inference --only 'resnet*' --batches 1,8
+
+All contenders of a row run in one process, alternately. A row that was measured before is kept, so an interrupted run
+goes on; `--redo` measures anew.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bayesify.files import write_json
+from bayesify.progress import progress_bar
+from benchmarks.speed.contenders import DECODING, INFERENCE, TRAINING, Contender, ready
+from benchmarks.speed.networks import NETWORKS
+from benchmarks.speed.timing import alternate
+
+
+class What(str, Enum):
+    """What is timed."""
+
+    inference = "inference"
+    training = "training"
+    decoding = "decoding"
+
+
+CONTENDERS: dict[What, dict[str, Contender]] = {
+    What.inference: INFERENCE,
+    What.training: TRAINING,
+    What.decoding: DECODING,
+}
+MEMBERS = {What.inference: 4, What.training: 4, What.decoding: 8}
+PARTITION, PLAIN_STEP = "bayesify, partition", "deterministic, B rows"
+
+
+def main(
+    what: Annotated[What, typer.Argument()],
+    output: Annotated[Path, typer.Option(help="Where rows and tables go.")] = Path("runs/speed"),
+    only: Annotated[str, typer.Option(help="A glob of networks.")] = "*",
+    batches: Annotated[str, typer.Option(help="Numbers of examples.")] = "1,8,32",
+    contenders: Annotated[str, typer.Option(help="A glob of contenders beside the baseline.")] = "*",
+    rounds: Annotated[int, typer.Option(min=2, help="Times that each contender is timed.")] = 7,
+    redo: Annotated[bool, typer.Option("--redo", help="Measure again what was measured before.")] = False,
+) -> None:
+    """Measure and print the ratios to the baseline: K deterministic forwards, or one step of the plain network."""
+    console = Console()
+    names = [name for name in NETWORKS if fnmatch.fnmatch(name, only)]
+    if what is What.decoding:
+        names, batches = [name for name in names if name == "llama"], "1"
+    jobs = [(name, int(batch)) for name in names for batch in batches.split(",")]
+    rows = []
+    with progress_bar(console=console) as progress:
+        task = progress.add_task(what.value, total=len(jobs))
+        for name, batch in jobs:
+            file = output / what.value / f"{name}-{batch}.json"
+            if redo or not file.exists():
+                write_json(file, _measured(what, name, batch, contenders, rounds), indent=1)
+            rows.append(json.loads(file.read_text(encoding="utf-8")))
+            progress.update(task, advance=1)
+    write_json(output / f"{what.value}.json", rows, indent=1)
+    table = _table(what, rows)
+    console.print(table)
+    (output / f"{what.value}.md").write_text(_markdown(table), encoding="utf-8")
+
+
+def _measured(what: What, name: str, batch: int, pattern: str, rounds: int) -> dict[str, Any]:
+    available = CONTENDERS[what]
+    baseline = next(iter(available))
+    chosen = {n: c for n, c in available.items() if n in (baseline, PLAIN_STEP) or fnmatch.fnmatch(n, pattern)}
+    members = MEMBERS[what]
+    calls, failed = ready(chosen, NETWORKS[name], batch, members)
+    if baseline in failed:
+        raise RuntimeError(f"the baseline does not run on {name}: {failed[baseline]}")
+    timings = alternate(calls, rounds)
+    results = {}
+    for contender, timing in timings.items():
+        other = PLAIN_STEP if contender == PARTITION else baseline
+        middle, low, high = timing.over(timings[other])
+        results[contender] = {"seconds": timing.median, "over": other, "ratio": middle, "quartiles": [low, high]}
+    return {
+        "network": name,
+        "batch": batch,
+        "members": members,
+        "rounds": rounds,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "baseline": baseline,
+        "results": results,
+        "failed": failed,
+    }
+
+
+def _table(what: What, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"{what.value}, {MEMBERS[what]} members, time over {next(iter(CONTENDERS[what]))}")
+    names = list(dict.fromkeys(name for row in rows for name in (*row["results"], *row["failed"])))
+    baseline = rows[0]["baseline"] if rows else ""
+    for column in ("network", "batch", f"{baseline}, ms", *(name for name in names if name != baseline)):
+        table.add_column(column, justify="left" if column == "network" else "right", overflow="fold")
+    for row in rows:
+        cells = [row["network"], str(row["batch"]), f"{1e3 * row['results'][baseline]['seconds']:.1f}"]
+        for name in names:
+            if name == baseline:
+                continue
+            result = row["results"].get(name)
+            if result is None:
+                cells.append("fails" if name in row["failed"] else "")
+            else:
+                low, high = result["quartiles"]
+                cells.append(f"{result['ratio']:.2f} ({low:.2f}–{high:.2f})")
+        table.add_row(*cells)
+    return table
+
+
+def _markdown(table: Table) -> str:
+    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    lines = ["| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True)]
+    return "\n".join([f"{table.title}", "", lines[0], "| --- " * len(columns) + "|", *lines[1:], ""])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,54 @@
+"""Side-by-side timing: all contenders in one process, alternately, in an order that changes from round to round."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+SHORT = 0.02
+"""Seconds; a call that takes less is repeated to reach it, within one timing."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call of one contender, one number a round."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def over(self, other: Timing, times: float = 1.0) -> tuple[float, float, float]:
+        """(median, lower quartile, upper quartile) of the ratio to `times` calls of another, round by round."""
+        ratios = [mine / (times * theirs) for mine, theirs in zip(self.seconds, other.seconds, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return middle, low, high
+
+
+def alternate(calls: Mapping[str, Callable[[], object]], rounds: int, seed: int = 0) -> dict[str, Timing]:
+    """Time every call once a round."""
+    repeats = {name: _repeats(call) for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(seed).shuffle
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            seconds[name].append(_timed(calls[name], repeats[name]))
+    return {name: Timing(values) for name, values in seconds.items()}
+
+
+def _repeats(call: Callable[[], object]) -> int:
+    call()
+    return max(1, math.ceil(SHORT / _timed(call, 1)))
+
+
+def _timed(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
