@@ -377,8 +377,11 @@ def test_gradient_checkpointing_changes_nothing(case: Case, noise: Any) -> None:
     found = [loss_and_gradients(bnn.train(), case) for bnn in (plain, checkpointed)]
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
     assert found[0][1].keys() == found[1][1].keys()
+    # Where it is kept, r's gradient is had from the output, and else from the product: not with the same rounding.
+    rounding = 1e-6 * max(float(gradient.abs().max()) for gradient in found[0][1].values())
     for name, gradient in found[0][1].items():
-        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+        atol = 1e-4 * float(gradient.abs().max()) + rounding
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-3, atol=atol)
 
 
 def loss_and_gradients(model: nn.Module, case: Case) -> tuple[Tensor, dict[str, Tensor]]:
