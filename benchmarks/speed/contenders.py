@@ -55,27 +55,17 @@ def vmap(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
     return _no_grad(lambda: torch.vmap(one, randomness="different")(parameters, buffers))
 
 
-def ours(**options: Any) -> Contender:
-    """The posterior mean of K members, with options of `predict`."""
-
-    def contender(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
-        bnn = bayesify(copy.deepcopy(base), members=members, task="classification").eval()
-        if isinstance(inputs, dict):
-            return lambda: bnn.predict(**inputs, **options)
-        return lambda: bnn.predict(inputs, **options)
-
-    return contender
+def ours(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
+    """The posterior mean of K members."""
+    bnn = bayesify(copy.deepcopy(base), members=members, task="classification").eval()
+    return lambda: bnn.predict(**inputs) if isinstance(inputs, dict) else bnn.predict(inputs)
 
 
 def bayesian_torch(kind: str) -> Contender:
     """K samples of a mean-field network."""
 
     def contender(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
-        from bayesian_torch.models.dnn_to_bnn import dnn_to_bnn  # type: ignore[import-not-found]
-
-        settings = {"prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": -3.0}
-        model = copy.deepcopy(base)
-        dnn_to_bnn(model, {**settings, "type": kind, "moped_enable": False, "moped_delta": 0.5})
+        model = _mean_field(copy.deepcopy(base), kind)
         return _no_grad(lambda: torch.stack([network.call(model, inputs) for _ in range(members)]).mean(0))
 
     return contender
@@ -91,7 +81,7 @@ def torch_uncertainty(network: Network, base: nn.Module, inputs: Any, members: i
 
 INFERENCE: dict[str, Contender] = {
     "floor": floor,
-    "bayesify": ours(),
+    "bayesify": ours,
     "deep ensemble": deep_ensemble,
     "vmap": vmap,
     "bayesian-torch reparameterization": bayesian_torch("Reparameterization"),
@@ -134,11 +124,11 @@ def deterministic_step(rows: int) -> Contender:
     return contender
 
 
-def our_step(train: str, expansion: str = "replicate", **options: Any) -> Contender:
+def our_step(train: str, expansion: str = "replicate") -> Contender:
     """A training step with the KL, on B examples."""
 
     def contender(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
-        bnn = bayesify(copy.deepcopy(base), members=members, task="classification", **options).train()
+        bnn = bayesify(copy.deepcopy(base), members=members, task="classification").train()
         bnn.expansion = expansion  # type: ignore[assignment]
         if train == "factors":
             for _, parameter in bnn.slow_parameters():
@@ -155,11 +145,9 @@ def bayesian_torch_step(kind: str) -> Contender:
     """A training step of a mean-field network on K·B rows, with its KL."""
 
     def contender(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
-        from bayesian_torch.models.dnn_to_bnn import dnn_to_bnn, get_kl_loss  # type: ignore[import-not-found]
+        from bayesian_torch.models.dnn_to_bnn import get_kl_loss  # type: ignore[import-not-found]
 
-        settings = {"prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": -3.0}
-        model = copy.deepcopy(base).train()
-        dnn_to_bnn(model, {**settings, "type": kind, "moped_enable": False, "moped_delta": 0.5})
+        model = _mean_field(copy.deepcopy(base).train(), kind)
         repeated = _repeat(inputs, members)
         return _step(network, model, repeated, _labels(network, base, repeated), lambda: get_kl_loss(model))
 
@@ -242,6 +230,15 @@ def ready(
         except Exception as error:  # whatever another library raises is its answer
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
     return calls, failed
+
+
+def _mean_field(model: nn.Module, kind: str) -> nn.Module:
+    """A network converted by bayesian-torch, in place."""
+    from bayesian_torch.models.dnn_to_bnn import dnn_to_bnn  # type: ignore[import-not-found]
+
+    settings = {"prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": -3.0}
+    dnn_to_bnn(model, {**settings, "type": kind, "moped_enable": False, "moped_delta": 0.5})
+    return model
 
 
 def _no_grad(call: Call) -> Call:

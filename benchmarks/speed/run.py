@@ -24,7 +24,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bayesify.files import write_json
+from bayesify.evaluation.tables import markdown_table
+from bayesify.files import write_json, write_text
 from bayesify.progress import progress_bar
 from benchmarks.speed.contenders import DECODING, INFERENCE, TRAINING, Contender, ready
 from benchmarks.speed.networks import NETWORKS
@@ -73,9 +74,17 @@ def main(
             rows.append(json.loads(file.read_text(encoding="utf-8")))
             progress.update(task, advance=1)
     write_json(output / f"{what.value}.json", rows, indent=1)
-    table = _table(what, rows)
+    baseline = next(iter(CONTENDERS[what]))
+    title = f"{what.value}, {MEMBERS[what]} members, time over {baseline}"
+    head, body = _cells(rows, baseline)
+    table = Table(title=title)
+    for number, column in enumerate(head):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for cells in body:
+        table.add_row(*cells)
     console.print(table)
-    (output / f"{what.value}.md").write_text(_markdown(table), encoding="utf-8")
+    rule = "| --- |" + " ---: |" * (len(head) - 1)
+    write_text(output / f"{what.value}.md", "\n".join([title, "", *markdown_table(head, rule, body), ""]))
 
 
 def _measured(what: What, name: str, batch: int, pattern: str, rounds: int) -> dict[str, Any]:
@@ -105,31 +114,22 @@ def _measured(what: What, name: str, batch: int, pattern: str, rounds: int) -> d
     }
 
 
-def _table(what: What, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"{what.value}, {MEMBERS[what]} members, time over {next(iter(CONTENDERS[what]))}")
+def _cells(rows: list[dict[str, Any]], baseline: str) -> tuple[list[str], list[list[str]]]:
+    """Head and body of the table."""
     names = list(dict.fromkeys(name for row in rows for name in (*row["results"], *row["failed"])))
-    baseline = rows[0]["baseline"] if rows else ""
-    for column in ("network", "batch", f"{baseline}, ms", *(name for name in names if name != baseline)):
-        table.add_column(column, justify="left" if column == "network" else "right", overflow="fold")
+    names.remove(baseline)
+    body = []
     for row in rows:
         cells = [row["network"], str(row["batch"]), f"{1e3 * row['results'][baseline]['seconds']:.1f}"]
         for name in names:
-            if name == baseline:
-                continue
             result = row["results"].get(name)
             if result is None:
                 cells.append("fails" if name in row["failed"] else "")
             else:
                 low, high = result["quartiles"]
                 cells.append(f"{result['ratio']:.2f} ({low:.2f}–{high:.2f})")
-        table.add_row(*cells)
-    return table
-
-
-def _markdown(table: Table) -> str:
-    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
-    lines = ["| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True)]
-    return "\n".join([f"{table.title}", "", lines[0], "| --- " * len(columns) + "|", *lines[1:], ""])
+        body.append(cells)
+    return ["network", "batch", f"{baseline}, ms", *names], body
 
 
 if __name__ == "__main__":

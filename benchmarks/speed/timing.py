@@ -23,9 +23,9 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
-    def over(self, other: Timing, times: float = 1.0) -> tuple[float, float, float]:
-        """(median, lower quartile, upper quartile) of the ratio to `times` calls of another, round by round."""
-        ratios = [mine / (times * theirs) for mine, theirs in zip(self.seconds, other.seconds, strict=True)]
+    def over(self, other: Timing) -> tuple[float, float, float]:
+        """(median, lower quartile, upper quartile) of the ratio to another, round by round."""
+        ratios = [mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         return middle, low, high
 
