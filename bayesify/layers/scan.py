@@ -1,0 +1,225 @@
+"""The scan of a recurrent layer in one direction: all steps as one operation with gradients of its own.
+
+A step multiplies small matrices, so what counts is the number of calls and of passes through memory: everything is
+written to memory that exists already, and whatever does not have to wait for the step before, forward or backward, is
+done for a block of steps at once, while they are in the cache.
+
+Legend: T steps, N rows, H hidden units, G gates; y = W (s ∘ h) and gates = x part + r ∘ y + b, all [T, N, G·H].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 1 << 20
+"""Size of the gates of a block of steps: of the order of a core's cache."""
+
+State = tuple[Tensor, ...]
+"""h [N, H], and for an LSTM c [N, H]."""
+Step = Callable[[Tensor, Tensor, State], State]
+"""Gates from x and from h [N, G·H], old state -> new state."""
+
+
+def scan(x: Tensor, weight: Tensor, s: Tensor | None, r: Tensor | None, state: State, reverse: bool) -> tuple[Tensor, State]:
+    """An LSTM from the gates of x, with both biases, to its outputs [T, N, H] and its final state.
+
+    Args:
+        x: [T, N, 4·H].
+        weight: [4·H, H] of the hidden state.
+        s, r: [N or 1, H] and [N or 1, 4·H], or nothing.
+        state: h and c at the start.
+        reverse: whether the last step comes first.
+    """
+    h, c = state
+    tensors = (x, weight, s, r, h, c)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        output, last = _Scan.apply(*tensors, reverse)
+    else:
+        output, last = _without_gradients(*tensors, reverse)
+    return output, (output[0 if reverse else -1], last)
+
+
+def lstm(gx: Tensor, gh: Tensor, state: State) -> State:
+    i, f, g, o = (gx + gh).chunk(4, -1)
+    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _by_operations(
+    x: Tensor, weight: Tensor, s: Tensor | None, r: Tensor | None, h: Tensor, c: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The definition, for gradients of gradients."""
+    outputs = []
+    for gx in reversed(x.unbind()) if reverse else x.unbind():
+        y = (h if s is None else h * s) @ weight.t()
+        h, c = lstm(gx, y if r is None else y * r, (h, c))
+        outputs.append(h)
+    return torch.stack(outputs[::-1] if reverse else outputs), c
+
+
+def _without_gradients(
+    x: Tensor, weight: Tensor, s: Tensor | None, r: Tensor | None, h: Tensor, c: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    output = x.new_empty(*x.shape[:2], weight.shape[1])
+    gates, scaled, c, tanh = torch.empty_like(x[0]), torch.empty_like(h), c.clone(), torch.empty_like(c)
+    kept = _Views(gates)
+    across = weight.t()
+    for t in _order(len(x), reverse):
+        if s is not None:
+            h = torch.mul(h, s, out=scaled)
+        torch.mm(h, across, out=gates)
+        h = output[t]
+        _step(x[t], gates, r, kept, c, c, tanh, h)
+    return output, c
+
+
+class _Views:
+    """The gates [N, 4·H] of a step, and their parts."""
+
+    def __init__(self, gates: Tensor) -> None:
+        size = gates.shape[-1] // 4
+        self.all = gates
+        self.i, self.f, self.g, self.o = gates.split(size, -1)
+        self.i_and_f = gates[..., : 2 * size]
+
+
+def _step(
+    x: Tensor, y: Tensor, r: Tensor | None, gates: _Views, old: Tensor, new: Tensor, tanh: Tensor, h: Tensor
+) -> None:
+    """One step: writes gates, c, tanh(c) and h."""
+    if r is None:
+        torch.add(x, y, out=gates.all)
+    else:
+        torch.addcmul(x, y, r, out=gates.all)
+    gates.i_and_f.sigmoid_()
+    gates.g.tanh_()
+    gates.o.sigmoid_()
+    torch.mul(gates.f, old, out=new)
+    new.addcmul_(gates.i, gates.g)
+    torch.tanh(new, out=tanh)
+    torch.mul(gates.o, tanh, out=h)
+
+
+class _Scan(torch.autograd.Function):
+    """The scan with gradients. Saved: gates, y, c, tanh(c) and h of all steps, less than the fused kernel saves."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors_and_order: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight, s, r, h, c, reverse = tensors_and_order
+        steps, rows = x.shape[:2]
+        size = weight.shape[1]
+        of_r = r is not None and ctx.needs_input_grad[3]
+        gates, tanh = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(steps, rows, size)
+        y = torch.empty_like(gates if of_r else gates[0])
+        output, cells = torch.empty_like(tanh), torch.empty_like(tanh)
+        across, scaled, old_h, old_c = weight.t(), torch.empty_like(h), h, c
+        for t in _order(steps, reverse):
+            old_h = old_h if s is None else torch.mul(old_h, s, out=scaled)
+            here = torch.mm(old_h, across, out=y[t] if of_r else y)
+            old_h, new = output[t], cells[t]
+            _step(x[t], here, r, _Views(gates[t]), old_c, new, tanh[t], old_h)
+            old_c = new
+        ctx.reverse = reverse
+        ctx.save_for_backward(x, weight, s, r, h, c, output, gates, y if of_r else None, cells, tanh)
+        return output, old_c.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_last: Tensor) -> Any:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            return _gradients_by_operations(ctx, grad, grad_last)
+        x, weight, s, r, h, c, output, gates, y, cells, tanh = ctx.saved_tensors
+        reverse: bool = ctx.reverse
+        of_x, of_weight, of_s, of_r, _, _, _ = ctx.needs_input_grad
+        steps, rows = x.shape[:2]
+        size = weight.shape[1]
+        d_x = torch.empty_like(gates) if of_x else None
+        d_weight = torch.zeros_like(weight) if of_weight else None
+        d_s = torch.zeros_like(h) if of_s else None
+        d_r = torch.zeros_like(gates[0]) if of_r else None
+        d_h, d_c = torch.zeros_like(h), grad_last.clone()
+        for block in _blocks(steps, gates[0], reverse):
+            old_h, old_c = _before(output, block, h, reverse), _before(cells, block, c, reverse)
+            slopes = torch.empty_like(gates[block]) if d_x is None else d_x[block]
+            of_c = _slopes(gates[block], old_c, tanh[block], slopes)
+            back = torch.empty_like(slopes) if r is not None else slopes
+            d_scaled = torch.empty_like(old_h)
+            first = slopes.unflatten(-1, (4, size))
+            for t in reversed(_order(len(old_h), reverse)):
+                at = block.start + t
+                d_h += grad[at]
+                d_c.addcmul_(d_h, of_c[t])
+                here = first[t]
+                here[:, :3] *= d_c[:, None]
+                here[:, 3] *= d_h
+                d_c *= gates[at, :, size : 2 * size]
+                if r is not None:
+                    torch.mul(slopes[t], r, out=back[t])
+                torch.mm(back[t], weight, out=d_scaled[t])
+                if s is None:
+                    d_h.copy_(d_scaled[t])
+                else:
+                    torch.mul(d_scaled[t], s, out=d_h)
+            if d_weight is not None:
+                scaled = old_h if s is None else old_h * s
+                d_weight.addmm_(back.flatten(0, 1).t(), scaled.flatten(0, 1))
+            if d_s is not None:
+                d_s += d_scaled.mul_(old_h).sum(0)
+            if d_r is not None:
+                d_r += torch.mul(slopes, y[block], out=back).sum(0)
+        d_s = None if d_s is None else d_s.sum_to_size(s.shape)
+        d_r = None if d_r is None else d_r.sum_to_size(r.shape)
+        return d_x, d_weight, d_s, d_r, d_h, d_c, None
+
+
+def _gradients_by_operations(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors[:6]
+    wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad, strict=False) if needed]
+    outputs = _by_operations(*tensors, ctx.reverse)
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
+    return *(next(found) if needed else None for needed in ctx.needs_input_grad[:6]), None
+
+
+def _slopes(gates: Tensor, old: Tensor, tanh: Tensor, out: Tensor) -> Tensor:
+    """Writes the derivatives of c by the gates i, f and g before their nonlinearity, and of h by o; gives those of h
+    by c."""
+    size = old.shape[-1]
+    i, f, g, o = gates.split(size, -1)
+    d_i, d_f, d_g, d_o = out.split(size, -1)
+    _sigmoid_backward(g, i, d_i)
+    _sigmoid_backward(old, f, d_f)
+    _tanh_backward(i, g, d_g)
+    _sigmoid_backward(tanh, o, d_o)
+    return _tanh_backward(o, tanh, torch.empty_like(tanh))
+
+
+def _sigmoid_backward(grad: Tensor, output: Tensor, out: Tensor) -> Tensor:
+    return torch.ops.aten.sigmoid_backward.grad_input(grad, output, grad_input=out)
+
+
+def _tanh_backward(grad: Tensor, output: Tensor, out: Tensor) -> Tensor:
+    return torch.ops.aten.tanh_backward.grad_input(grad, output, grad_input=out)
+
+
+def _order(steps: int, reverse: bool) -> range:
+    return range(steps - 1, -1, -1) if reverse else range(steps)
+
+
+def _blocks(steps: int, gates: Tensor, reverse: bool) -> Iterator[slice]:
+    """Blocks of steps, the last to be computed first."""
+    count = max(1, BLOCK_BYTES // max(1, gates.numel() * gates.element_size()))
+    blocks = [slice(start, min(start + count, steps)) for start in range(0, steps, count)]
+    return iter(blocks if reverse else blocks[::-1])
+
+
+def _before(states: Tensor, block: slice, initial: Tensor, reverse: bool) -> Tensor:
+    """[steps of the block, N, H] the states before each of its steps."""
+    if reverse:
+        after = states[block.start + 1 : block.stop + 1]
+        return after if len(after) == block.stop - block.start else torch.cat([after, initial[None]])
+    if block.start:
+        return states[block.start - 1 : block.stop - 1]
+    return torch.cat([initial[None], states[: block.stop - 1]])
