@@ -3,7 +3,7 @@
 One s a kernel is shared by all gates; r has one entry for each gate and unit. Two ways to compute the same thing:
 
 * few draws (members): fold W ∘ r sᵀ and call the layer's own fused kernel once a draw;
-* one draw a sequence: run the cells step by step, all sequences at once.
+* one draw a sequence: run the cells step by step, all sequences at once; an LSTM's as one operation (`scan`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from bayesify.errors import BayesifyError
 from bayesify.layers.linear import fold_matrix
+from bayesify.layers.product import DENSE, product
 from bayesify.layers.registry import Rank1Layer, bias_of, is_exact, original_class, rank1
+from bayesify.layers.scan import lstm, scan
 from bayesify.layers.site import AdditiveSite, Site, repeat_rows
 
 State = Any
@@ -79,12 +81,6 @@ class _Recurrent(Rank1Layer):
 # ------------------------------------------------------------------------------------------------ one step
 
 
-def _lstm(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    i, f, g, o = (gx + gh).chunk(4, -1)
-    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
-
-
 def _gru(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     (xr, xz, xn), (hr, hz, hn) = gx.chunk(3, -1), gh.chunk(3, -1)
     z = (xz + hz).sigmoid()
@@ -103,7 +99,7 @@ def _relu(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ..
 def _step(layer: nn.Module) -> Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """The arithmetic after the gate kernels: gates from x, gates from h, old state -> new state (h first)."""
     if isinstance(layer, (nn.LSTM, nn.LSTMCell)):
-        return _lstm
+        return lstm
     if isinstance(layer, (nn.GRU, nn.GRUCell)):
         return _gru
     return _tanh if layer.nonlinearity == "tanh" else _relu
@@ -253,6 +249,9 @@ class _Rank1RNN(_Recurrent):
             for part in ("ih", "hh", "hr")
             if f"weight_{part}_{name}" in self.rank1
         }
+        fused = self._fused(kernels, data, sizes, state, reverse)
+        if fused is not None:
+            return fused
         step, project = _step(self), kernels.get("hr")
         gates = kernels["ih"](data, index).split(sizes)
         outputs: list[Tensor] = []
@@ -266,6 +265,26 @@ class _Rank1RNN(_Recurrent):
             # Rows beyond n have ended (forward) or not begun (reverse): they keep their state.
             state = tuple(torch.cat([a, b[n:]]) if n < b.shape[0] else a for a, b in zip(new, state, strict=True))
         return torch.cat(outputs[::-1] if reverse else outputs), state
+
+    def _fused(
+        self, kernels: dict[str, _Kernel], data: Tensor, sizes: list[int], state: tuple[Tensor, ...], reverse: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """The same as one operation: of an LSTM without projections, on sequences of one length, if it applies."""
+        rows = sizes[0]
+        plain = isinstance(self, nn.LSTM) and set(kernels) == {"ih", "hh"} and sizes[-1] == rows
+        if not plain or any(type(kernel.site) is not Site for kernel in kernels.values()):
+            return None
+        if torch.is_autocast_enabled(data.device.type) or any(part.dtype != data.dtype for part in state):
+            return None
+        ih, hh = kernels["ih"], kernels["hh"]
+        bias = None if ih.bias is None or hh.bias is None else ih.bias + hh.bias
+        s, r, bias = (None if v is None else v.unsqueeze(0) for v in (ih.s, ih.r, bias))
+        x = data.unflatten(0, (len(sizes), rows)).contiguous()
+        gates = product(x, ih.weight, bias, s, r, DENSE, single=False)
+        if gates is None:
+            return None
+        output, final = scan(gates, hh.weight, hh.s, hh.r, (state[0], state[1]), reverse)
+        return output.flatten(0, 1), final
 
     def _initial_state(self, hx: State, rows: int, order: Tensor | None, data: Tensor) -> tuple[Tensor, ...]:
         if hx is None:

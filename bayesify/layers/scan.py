@@ -4,13 +4,14 @@ A step multiplies small matrices, so what counts is the number of calls and of p
 written to memory that exists already, and whatever does not have to wait for the step before, forward or backward, is
 done for a block of steps at once, while they are in the cache.
 
-Legend: T steps, N rows, H hidden units, G gates; y = W (s ∘ h) and gates = x part + r ∘ y + b, all [T, N, G·H].
+Legend: T steps, N rows, H hidden units; y = W (s ∘ h) and gates = x + r ∘ y, all [T, N, 4·H], where x is the part of
+the inputs with both biases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +20,12 @@ BLOCK_BYTES = 1 << 20
 """Size of the gates of a block of steps: of the order of a core's cache."""
 
 State = tuple[Tensor, ...]
-"""h [N, H], and for an LSTM c [N, H]."""
-Step = Callable[[Tensor, Tensor, State], State]
-"""Gates from x and from h [N, G·H], old state -> new state."""
+"""h and c, both [N, H]."""
 
 
-def scan(x: Tensor, weight: Tensor, s: Tensor | None, r: Tensor | None, state: State, reverse: bool) -> tuple[Tensor, State]:
+def scan(
+    x: Tensor, weight: Tensor, s: Tensor | None, r: Tensor | None, state: State, reverse: bool
+) -> tuple[Tensor, State]:
     """An LSTM from the gates of x, with both biases, to its outputs [T, N, H] and its final state.
 
     Args:
@@ -44,6 +45,7 @@ def scan(x: Tensor, weight: Tensor, s: Tensor | None, r: Tensor | None, state: S
 
 
 def lstm(gx: Tensor, gh: Tensor, state: State) -> State:
+    """One step: gates from x and from h [N, 4·H], old state -> new state."""
     i, f, g, o = (gx + gh).chunk(4, -1)
     c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
@@ -134,7 +136,7 @@ class _Scan(torch.autograd.Function):
         x, weight, s, r, h, c, output, gates, y, cells, tanh = ctx.saved_tensors
         reverse: bool = ctx.reverse
         of_x, of_weight, of_s, of_r, _, _, _ = ctx.needs_input_grad
-        steps, rows = x.shape[:2]
+        steps = len(x)
         size = weight.shape[1]
         d_x = torch.empty_like(gates) if of_x else None
         d_weight = torch.zeros_like(weight) if of_weight else None
@@ -170,15 +172,14 @@ class _Scan(torch.autograd.Function):
                 d_s += d_scaled.mul_(old_h).sum(0)
             if d_r is not None:
                 d_r += torch.mul(slopes, y[block], out=back).sum(0)
-        d_s = None if d_s is None else d_s.sum_to_size(s.shape)
-        d_r = None if d_r is None else d_r.sum_to_size(r.shape)
+        d_s, d_r = (d if d is None or v is None else d.sum_to_size(v.shape) for d, v in ((d_s, s), (d_r, r)))
         return d_x, d_weight, d_s, d_r, d_h, d_c, None
 
 
 def _gradients_by_operations(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors[:6]
+    x, weight, s, r, h, c = tensors = ctx.saved_tensors[:6]
     wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad, strict=False) if needed]
-    outputs = _by_operations(*tensors, ctx.reverse)
+    outputs = _by_operations(x, weight, s, r, h, c, ctx.reverse)
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
     return *(next(found) if needed else None for needed in ctx.needs_input_grad[:6]), None
 

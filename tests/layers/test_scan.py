@@ -1,0 +1,88 @@
+"""The scan of an LSTM as one operation, against the loop over its steps."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bayesify import bayesify
+from bayesify.layers import scan as module
+from bayesify.layers.scan import lstm, scan
+
+T, N, H = 5, 3, 4
+
+
+def operands(draws: int) -> list[Tensor]:
+    shapes = [(T, N, 4 * H), (4 * H, H), (draws, H), (draws, 4 * H), (N, H), (N, H)]
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def scanned(reverse: bool, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, s, r, h, c = tensors
+    output, (h, c) = scan(x, weight, s, r, (h, c), reverse)
+    return output, h, c
+
+
+def looped(reverse: bool, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, s, r, h, c = tensors
+    outputs = []
+    for step in reversed(x.unbind()) if reverse else x.unbind():
+        y = (h if s is None else h * s) @ weight.t()
+        h, c = lstm(step, y if r is None else y * r, (h, c))
+        outputs.append(h)
+    return torch.stack(outputs[::-1] if reverse else outputs), h, c
+
+
+def gradients(outputs: tuple[Tensor, ...], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(sum((y.sin().sum() for y in outputs), torch.zeros(())), inputs)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("draws", [1, N])
+@pytest.mark.parametrize("steps", [1, 2, T])
+@pytest.mark.parametrize("missing", [(), (2,), (3,), (2, 3)], ids=["both", "no-s", "no-r", "neither"])
+@pytest.mark.parametrize("frozen", [(), (1,), (0, 1, 4, 5)], ids=["all", "weight-frozen", "factors-only"])
+def test_values_and_gradients(
+    reverse: bool, draws: int, steps: int, missing: tuple[int, ...], frozen: tuple[int, ...], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(module, "BLOCK_BYTES", steps * N * 4 * H * 8)
+    inputs: list[Any] = operands(draws)
+    for index in missing:
+        inputs[index] = None
+    for index in frozen:
+        inputs[index] = inputs[index].detach()
+    trained = [t for t in inputs if t is not None and t.requires_grad]
+    expected = looped(reverse, *inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(scanned(reverse, *inputs), expected)
+    found = scanned(reverse, *inputs)
+    torch.testing.assert_close(found, expected)
+    if trained:
+        torch.testing.assert_close(gradients(found, trained), gradients(expected, trained))
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_gradients_of_gradients(reverse: bool) -> None:
+    assert torch.autograd.gradgradcheck(lambda *tensors: scanned(reverse, *tensors), operands(N))
+
+
+def test_training_keeps_no_more_than_the_fused_kernel() -> None:
+    def kept(model: nn.Module, x: Tensor) -> int:
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model(x)
+        return sum(sizes.values())
+
+    plain = nn.LSTM(16, 32, num_layers=2, batch_first=True)
+    bnn = bayesify(copy.deepcopy(plain), members=2).train()
+    x = torch.randn(8, 32, 16)
+    assert kept(bnn, x) < 1.15 * kept(plain, x.repeat(2, 1, 1))
