@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bayesify.errors import BayesifyError, ConversionError
-from bayesify.layers.gathered import Pieces
+from bayesify.layers.gathered import Known, Pieces, taken
 from bayesify.layers.operations import Operation, arguments_of, arranged, letters, operation_of, with_argument
 from bayesify.layers.registry import Derived, Rank1Layer, derived_class, detach, replace_class
 from bayesify.layers.site import AdditiveSite, Site, repeat_rows
@@ -31,8 +31,6 @@ VIEWS = {
 """Operations that only rearrange a weight."""
 SAME = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "detach", "clone", "alias"}
 """Operations that keep every element of a weight where it is."""
-_as_it_is: Any = torch.compiler.disable
-"""For code that knows tensors by identity, which compiled code does not keep."""
 
 
 class FunctionalSites(nn.ModuleDict):
@@ -136,16 +134,15 @@ class _Watched(TorchFunctionMode):
     def __init__(self, layer: Rank1Functional) -> None:
         super().__init__()
         self.pieces = Pieces()
-        self.known: dict[int, tuple[Tensor, Site, Indices]] = {}
+        self.known: Known[tuple[Site, Indices]] = Known()
         for name, site in layer.rank1.items():
             weight = layer.weight_of(name)
-            self.known[id(weight)] = (weight, site, Indices.of(weight, layer.rank1.roles[name]))  # type: ignore[assignment]
+            self.known.add(weight, (site, Indices.of(weight, layer.rank1.roles[name])))  # type: ignore[arg-type]
 
-    @_as_it_is
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         values, name = (*args, *kwargs.values()), name_of(func)
-        if not any(id(value) in self.known for value in values):
+        if all(self.known.of(value) is None for value in values):
             result = func(*args, **kwargs)
             self.pieces.follow(name, values, result)
             return result
@@ -154,7 +151,7 @@ class _Watched(TorchFunctionMode):
             operation = operation_of(name, ordered, self._weight_dim)
             if operation is not None:
                 x = ordered[operation.x]
-                with self.pieces.taken(x):
+                with taken(self.pieces.tokens(x)):
                     result = self._apply(func, args, kwargs, ordered, operation)
                 self.pieces.follow(name, (x,), result)
                 return result
@@ -164,19 +161,19 @@ class _Watched(TorchFunctionMode):
         return result
 
     def _weight_dim(self, value: Any) -> int | None:
-        return value.dim() if id(value) in self.known else None
+        return None if self.known.of(value) is None else value.dim()
 
     def _follow(self, func: Any, args: Any, kwargs: Any, result: Any, rearranged: bool) -> None:
         """Remember the results of a view as parts of the weight."""
-        _, site, indices = self.known[id(args[0])]
+        site, indices = cast("tuple[Site, Indices]", self.known.of(args[0]))
         results = [result] if isinstance(result, Tensor) else list(result)
         parts = indices.map(lambda index: func(index, *args[1:], **kwargs)) if rearranged else [indices]
         for tensor, part in zip(results, parts, strict=True):
-            self.known[id(tensor)] = (tensor, site, part)
+            self.known.add(tensor, (site, part))
 
     def _apply(self, func: Any, args: Any, kwargs: Any, arguments: list[Any], operation: Operation) -> Tensor:
         x, weight = arguments[operation.x], arguments[operation.weight]
-        _, site, indices = self.known[id(weight)]
+        site, indices = cast("tuple[Site, Indices]", self.known.of(weight))
         site.note(x)
         lx, lw, ly = operation.labels
         lx = letters(lx, x.dim())
@@ -209,6 +206,7 @@ def _values(draw: Tensor, index: Tensor, weight: str, labels: str, batch: str, l
     return arranged(values.to(like.dtype), kept, labels, batch)
 
 
+@torch.compiler.assume_constant_result
 def name_of(func: Any) -> str:
     """`matmul` for torch.matmul, the method and the operator; `T` for the property."""
     name = getattr(func, "__name__", "")

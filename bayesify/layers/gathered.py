@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from bayesify.layers.registry import Derived
 from bayesify.layers.site import TAKEN
 
+T = TypeVar("T")
 _ADDS = {"index_add", "index_add_"}
 _MOVES = {"t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "T", "mT", "numpy_T"}
 
@@ -56,14 +57,21 @@ class Gathering(Derived):
 def _watched(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        before = TAKEN.set(None)
-        try:
-            with _Watch():
-                return method(self, *args, **kwargs)
-        finally:
-            TAKEN.reset(before)
+        with taken(None), _Watch():
+            return method(self, *args, **kwargs)
 
     return watched
+
+
+@contextmanager
+def taken(tokens: tuple[Tensor, int] | None) -> Iterator[None]:
+    """Tell which tokens are taken, for a while."""
+    before = TAKEN.tokens
+    TAKEN.tokens = tokens
+    try:
+        yield
+    finally:
+        TAKEN.tokens = before
 
 
 class _Watch(TorchFunctionMode):
@@ -71,7 +79,7 @@ class _Watch(TorchFunctionMode):
         if func is Tensor.__getitem__:
             _note(*args)
         elif func in (Tensor.index_add_, Tensor.index_add, torch.index_add):
-            TAKEN.set(None)
+            TAKEN.tokens = None
         return func(*args, **(kwargs or {}))
 
 
@@ -83,43 +91,55 @@ def _note(source: Tensor, index: Any) -> None:
         dim, tokens = places[0]
         if tokens.dim() == 1:
             tokens = tokens.nonzero().squeeze(-1) if tokens.dtype == torch.bool else tokens
-            TAKEN.set((tokens, source.shape[dim]))
+            TAKEN.tokens = (tokens, source.shape[dim])
+
+
+class Known(Generic[T]):
+    """What is known of some tensors. They are found by identity, which compiled code keeps, unlike their ids."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Tensor, T]] = []
+
+    def add(self, tensor: Tensor, value: T) -> None:
+        self._entries.append((tensor, value))
+
+    def of(self, tensor: Any) -> T | None:
+        """What was added last for a tensor; None for any other object."""
+        for known, value in reversed(self._entries):
+            if known is tensor:
+                return value
+        return None
 
 
 class Pieces:
     """Which rows the pieces are that tokens [N, d] were split into, for the time of one forward."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[Tensor, tuple[Tensor, int]]] = {}
+        self._known: Known[tuple[Tensor, int]] = Known()
 
     def follow(self, name: str, values: tuple[Any, ...], result: Any) -> None:
         """Note what an operation called `name` makes of some values: pieces, or other things for the same tokens."""
         if name in ("split", "split_with_sizes") and len(values) > 1 and self._split(values[0], values[1], result):
             return
-        of = next((self._known[id(value)][1] for value in values if id(value) in self._known), None)
+        of = next((of for of in map(self._known.of, values) if of is not None), None)
         if of is None or name in _MOVES:
             return
         for tensor in result if isinstance(result, (list, tuple)) else [result]:
             if isinstance(tensor, Tensor) and tensor.dim() and len(tensor) == len(of[0]):
-                self._known[id(tensor)] = (tensor, of)
+                self._known.add(tensor, of)
 
     def _split(self, x: Tensor, sizes: Any, parts: tuple[Tensor, ...]) -> bool:
         """Whether the parts are pieces, each of a size of its own."""
         lengths = [len(part) for part in parts]
         if x.dim() != 2 or isinstance(sizes, int) or lengths != [*sizes] or sum(lengths) != len(x):
             return False
-        taken = TAKEN.get()
-        if taken is None or len(taken[0]) != len(x):
-            taken = (torch.arange(len(x), device=x.device), len(x))
-        for part, tokens in zip(parts, taken[0].split(lengths), strict=True):
-            self._known[id(part)] = (part, (tokens, taken[1]))
+        tokens, count = TAKEN.tokens or (torch.arange(len(x), device=x.device), len(x))
+        if len(tokens) != len(x):
+            tokens, count = torch.arange(len(x), device=x.device), len(x)
+        for part, own in zip(parts, tokens.split(lengths), strict=True):
+            self._known.add(part, (own, count))
         return True
 
-    @contextmanager
-    def taken(self, x: Tensor) -> Iterator[None]:
-        """For as long as factors are put around a product with x."""
-        before = TAKEN.set(self._known[id(x)][1] if id(x) in self._known else TAKEN.get())
-        try:
-            yield
-        finally:
-            TAKEN.reset(before)
+    def tokens(self, x: Tensor) -> tuple[Tensor, int] | None:
+        """What is to be in force while factors are put around a product with x."""
+        return self._known.of(x) or TAKEN.tokens

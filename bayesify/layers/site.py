@@ -6,7 +6,7 @@ the rows may lie in another dimension, `batch_dim`, as in networks that work on 
 
 from __future__ import annotations
 
-from contextvars import ContextVar
+import threading
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,14 @@ from bayesify.errors import RowsError
 from bayesify.layers.members import MemberVector
 from bayesify.layers.product import Map, product
 
-TAKEN: ContextVar[tuple[Tensor, int] | None] = ContextVar("TAKEN", default=None)
-"""The tokens [n] that were last taken out of how many, inside a module that hands tokens on."""
+
+class _Taken(threading.local):
+    """The tokens [n] that were last taken out of how many, inside a module that hands tokens on."""
+
+    tokens: tuple[Tensor, int] | None = None
+
+
+TAKEN = _Taken()
 
 
 class Site(nn.Module):
@@ -148,7 +154,7 @@ def repeat_rows(draw: Tensor, rows: int) -> Tensor:
     Rows that are tokens taken from all over get the draw of where they come from.
     """
     drawn = draw.shape[0]
-    taken = TAKEN.get()
+    taken = TAKEN.tokens
     if taken is not None and drawn > 1 and len(taken[0]) == rows:
         return draw.index_select(0, taken[0] * drawn // taken[1])
     if drawn in (1, rows):
