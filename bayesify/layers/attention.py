@@ -5,8 +5,6 @@ Legend: N rows, L queries, S keys, E channels, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -152,16 +150,6 @@ class Unfused(Derived):
 
     prefix = "Unfused"
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _no_fast_path():
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-
-@contextmanager
-def _no_fast_path() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    # What layers ask themselves before they use one: properties come before what they have set on themselves.
+    use_nested_tensor = property(lambda self: False)
+    activation_relu_or_gelu = property(lambda self: 0)
