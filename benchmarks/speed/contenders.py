@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesify import bayesify
+from benchmarks.rows import reason
 from benchmarks.speed.networks import Network
 
 Call = Callable[[], object]
@@ -55,10 +57,15 @@ def vmap(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
     return _no_grad(lambda: torch.vmap(one, randomness="different")(parameters, buffers))
 
 
-def ours(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
-    """The posterior mean of K members."""
-    bnn = bayesify(copy.deepcopy(base), members=members, task="classification").eval()
-    return lambda: bnn.predict(**inputs) if isinstance(inputs, dict) else bnn.predict(inputs)
+def ours(member_chunk: int | None = None) -> Contender:
+    """The posterior mean of K members, all of them or fewer computed at once."""
+
+    def contender(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
+        bnn = bayesify(copy.deepcopy(base), members=members, task="classification").eval()
+        predict = partial(bnn.predict, member_chunk=member_chunk)
+        return lambda: predict(**inputs) if isinstance(inputs, dict) else predict(inputs)
+
+    return contender
 
 
 def bayesian_torch(kind: str) -> Contender:
@@ -81,7 +88,7 @@ def torch_uncertainty(network: Network, base: nn.Module, inputs: Any, members: i
 
 INFERENCE: dict[str, Contender] = {
     "floor": floor,
-    "bayesify": ours,
+    "bayesify": ours(),
     "deep ensemble": deep_ensemble,
     "vmap": vmap,
     "bayesian-torch reparameterization": bayesian_torch("Reparameterization"),
@@ -154,15 +161,22 @@ def bayesian_torch_step(kind: str) -> Contender:
     return contender
 
 
+PARTITION, PLAIN_STEP = "bayesify, partition", "deterministic, B rows"
+
 TRAINING: dict[str, Contender] = {
     "deterministic, K·B rows": deterministic_step(0),
-    "deterministic, B rows": deterministic_step(1),
+    PLAIN_STEP: deterministic_step(1),
     "bayesify, all weights": our_step("all"),
     "bayesify, factors only": our_step("factors"),
-    "bayesify, partition": our_step("all", "partition"),
+    PARTITION: our_step("all", "partition"),
     "bayesian-torch reparameterization": bayesian_torch_step("Reparameterization"),
     "bayesian-torch flipout": bayesian_torch_step("Flipout"),
 }
+
+
+def baseline_of(contender: str, baseline: str) -> str:
+    """Whom a contender is measured by: a partitioned batch by a plain step on as many rows."""
+    return PLAIN_STEP if contender == PARTITION else baseline
 
 
 # ------------------------------------------------------------------------------------------------ a step of decoding
@@ -228,7 +242,7 @@ def ready(
                 call()
             calls[name] = call
         except Exception as error:  # whatever another library raises is its answer
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+            failed[name] = reason(error)
     return calls, failed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,3 +95,8 @@ NETWORKS = {
     "lstm": Network(Recurrent, lambda batch: torch.randn(batch, STEPS, 76), 2),
     "llama": Network(_llama, _tokens(VOCABULARY, PROMPT), VOCABULARY),
 }
+
+
+def jobs_of(only: str, batches: str) -> list[tuple[str, int]]:
+    """(name of a network, number of examples) for the names that fit a glob, and numbers between commas."""
+    return [(name, int(batch)) for name in NETWORKS if fnmatch.fnmatch(name, only) for batch in batches.split(",")]

@@ -9,12 +9,12 @@ goes on; `--redo` measures anew.
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import sys
 from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -22,13 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from bayesify.evaluation.tables import markdown_table
-from bayesify.files import write_json, write_text
-from bayesify.progress import progress_bar
-from benchmarks.speed.contenders import DECODING, INFERENCE, TRAINING, Contender, ready
-from benchmarks.speed.networks import NETWORKS
+from benchmarks.rows import Row, measured, show
+from benchmarks.speed.contenders import DECODING, INFERENCE, PLAIN_STEP, TRAINING, Contender, baseline_of, ready
+from benchmarks.speed.networks import NETWORKS, jobs_of
 from benchmarks.speed.timing import alternate
 
 
@@ -46,7 +43,6 @@ CONTENDERS: dict[What, dict[str, Contender]] = {
     What.decoding: DECODING,
 }
 MEMBERS = {What.inference: 4, What.training: 4, What.decoding: 8}
-PARTITION, PLAIN_STEP = "bayesify, partition", "deterministic, B rows"
 
 
 def main(
@@ -60,34 +56,15 @@ def main(
 ) -> None:
     """Measure and print the ratios to the baseline: K deterministic forwards, or one step of the plain network."""
     console = Console()
-    names = [name for name in NETWORKS if fnmatch.fnmatch(name, only)]
-    if what is What.decoding:
-        names, batches = [name for name in names if name == "llama"], "1"
-    jobs = [(name, int(batch)) for name in names for batch in batches.split(",")]
-    rows = []
-    with progress_bar(console=console) as progress:
-        task = progress.add_task(what.value, total=len(jobs))
-        for name, batch in jobs:
-            file = output / what.value / f"{name}-{batch}.json"
-            if redo or not file.exists():
-                write_json(file, _measured(what, name, batch, contenders, rounds), indent=1)
-            rows.append(json.loads(file.read_text(encoding="utf-8")))
-            progress.update(task, advance=1)
-    write_json(output / f"{what.value}.json", rows, indent=1)
+    jobs = jobs_of("llama", "1") if what is What.decoding else jobs_of(only, batches)
+    measure = partial(_measured, what, pattern=contenders, rounds=rounds)
+    rows = measured(output / f"{what.value}.json", jobs, measure, redo, console)
     baseline = next(iter(CONTENDERS[what]))
     title = f"{what.value}, {MEMBERS[what]} members, time over {baseline}"
-    head, body = _cells(rows, baseline)
-    table = Table(title=title)
-    for number, column in enumerate(head):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
-    for cells in body:
-        table.add_row(*cells)
-    console.print(table)
-    rule = "| --- |" + " ---: |" * (len(head) - 1)
-    write_text(output / f"{what.value}.md", "\n".join([title, "", *markdown_table(head, rule, body), ""]))
+    show(output / f"{what.value}.md", title, *_cells(rows, baseline), console)
 
 
-def _measured(what: What, name: str, batch: int, pattern: str, rounds: int) -> dict[str, Any]:
+def _measured(what: What, name: str, batch: int, pattern: str, rounds: int) -> Row:
     available = CONTENDERS[what]
     baseline = next(iter(available))
     chosen = {n: c for n, c in available.items() if n in (baseline, PLAIN_STEP) or fnmatch.fnmatch(n, pattern)}
@@ -98,7 +75,7 @@ def _measured(what: What, name: str, batch: int, pattern: str, rounds: int) -> d
     timings = alternate(calls, rounds)
     results = {}
     for contender, timing in timings.items():
-        other = PLAIN_STEP if contender == PARTITION else baseline
+        other = baseline_of(contender, baseline)
         middle, low, high = timing.over(timings[other])
         results[contender] = {"seconds": timing.median, "over": other, "ratio": middle, "quartiles": [low, high]}
     return {
@@ -114,7 +91,7 @@ def _measured(what: What, name: str, batch: int, pattern: str, rounds: int) -> d
     }
 
 
-def _cells(rows: list[dict[str, Any]], baseline: str) -> tuple[list[str], list[list[str]]]:
+def _cells(rows: list[Row], baseline: str) -> tuple[list[str], list[list[str]]]:
     """Head and body of the table."""
     names = list(dict.fromkeys(name for row in rows for name in (*row["results"], *row["failed"])))
     names.remove(baseline)
