@@ -6,7 +6,7 @@ Member-major everywhere: row k·B + i is member k, example i. Labels are expande
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +92,19 @@ class Rows:
             return first, map_tensors(output[1], lambda t: _mean(t, members, 1))
         return _reduce(output, members, batch, task, named_logits=_has_logits(output))
 
+    def joined(self, outputs: Sequence[Any], batch: int) -> Any:
+        """Outputs of B rows, one of each member, as one of K·B rows, as if all had been computed side by side.
+
+        What does not carry the batch is the first member's, and a loss the mean.
+        """
+        if self.recurrent:
+            first = _side_by_side([output[0] for output in outputs], self.input_dim)
+            states = [output[1] for output in outputs]
+            if isinstance(states[0], tuple):
+                return first, tuple(_side_by_side(parts, 1) for parts in zip(*states, strict=True))
+            return first, _side_by_side(states, 1)
+        return _joined(list(outputs), batch, None)
+
     def outputs(self, output: Any) -> Tensor:
         """The tensor that predictions are made of: `logits` where there are any, otherwise the first tensor.
 
@@ -175,6 +188,37 @@ def _mean(value: Any, members: int, dim: int) -> Any:
             _mean(padded, members, 0), lengths[: len(lengths) // members], batch_first=True, enforce_sorted=False
         )
     return value.unflatten(dim, (members, -1)).float().mean(dim).to(value.dtype)
+
+
+def _side_by_side(values: Sequence[Any], dim: int) -> Any:
+    if isinstance(values[0], PackedSequence):
+        padded, lengths = zip(*(pad_packed_sequence(value, batch_first=True) for value in values), strict=True)
+        return pack_padded_sequence(torch.cat(padded), torch.cat(lengths), batch_first=True, enforce_sorted=False)
+    return torch.cat(list(values), dim)
+
+
+def _joined(values: list[Any], batch: int, name: str | None) -> Any:
+    first = values[0]
+    if isinstance(first, PackedSequence):
+        return _side_by_side(values, 0)
+    if isinstance(first, Tensor):
+        dim = _rows_dim(first.shape, batch, name)
+        if dim is None:
+            return torch.stack(values).mean(0) if first.dim() == 0 and first.is_floating_point() else first
+        return torch.cat(values, dim)
+    if isinstance(first, Mapping):
+        items = {n: _joined([value[n] for value in values], batch, n) for n in first}
+        return type(first)(**items) if dataclasses.is_dataclass(first) else type(first)(items)  # type: ignore[call-arg]
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        names = [field.name for field in dataclasses.fields(first)]
+        fields = {n: _joined([getattr(value, n) for value in values], batch, n) for n in names}
+        return dataclasses.replace(first, **fields)
+    if isinstance(first, (list, tuple)):
+        if _is_of_each(first, batch, name):
+            return type(first)(part for value in values for part in value)
+        parts = [_joined(list(parts), batch, name) for parts in zip(*values, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return first
 
 
 def _reduce(output: Any, members: int, batch: int, task: TaskName | None, named_logits: bool) -> Any:

@@ -30,6 +30,7 @@ from bayesify.tasks import TaskName, resolve_task
 
 if TYPE_CHECKING:
     from bayesify.data import Preprocessing
+    from bayesify.fused import FusedModel
     from bayesify.generation import Generation
     from bayesify.hub import Origin
 
@@ -325,7 +326,36 @@ class BayesianModel(nn.Module):
         """
         if not -self.members <= member < self.members:
             raise BayesifyError(f"member {member} does not exist; there are {self.members} (0 to {self.members - 1}).")
-        return merged(self.model, member % self.members, tied=bool(self.report.tied))
+        with self._drawn(slice(None), 1, seed=None):
+            return merged(self.model, member % self.members, tied=bool(self.report.tied))
+
+    def fuse(
+        self,
+        samples: int | None = None,
+        seed: int | None = None,
+        *,
+        weights: Literal["copies", "shared"] | None = None,
+        example_inputs: Any = None,
+    ) -> FusedModel:
+        """A module for inference with the same call: fixed factors, merged with the weights and batch norms beside them.
+
+        Args:
+            samples: S draws of each member, which all examples share; `None` takes the posterior mean (S = 1).
+            seed: makes the draws reproducible, those of `predict` where noise is per member; `None` takes one from
+                torch's global generator.
+            weights: "copies" folds the factors into weights of their own for each of K·S networks, which then cost what
+                plain networks do; parameters without factors are shared. "shared" keeps one copy of all weights.
+                `None` takes copies if they fit in half of the memory that is available, and factors can be folded.
+            example_inputs: inputs of one call, as for `bayesify`; by default made for timm and transformers models. On
+                them the merging of batch norms is checked; without any, only those are merged that are safe by the code.
+
+        Raises:
+            ConversionError: "copies" of a layer whose own code transforms its weight; or example inputs that do not
+                fit, or are missing for a model that was never called.
+        """
+        from bayesify.fused import fuse
+
+        return fuse(self, samples, seed, weights=weights, example_inputs=example_inputs)
 
     def unload(self) -> nn.Module:
         """Take the factors out again, in place, and return the original network.

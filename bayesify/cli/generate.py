@@ -66,11 +66,11 @@ def generate(
     """
     import torch
 
-    from bayesify.hub import from_pretrained
+    from bayesify.hub import load_bayesian
 
     where = device_of(device)
     texts = [text for prompt in prompts for text in (sys.stdin.read().splitlines() if prompt == "-" else [prompt])]
-    network = from_pretrained(model, trust_remote_code=trust_remote_code)
+    network = load_bayesian(model, trust_remote_code=trust_remote_code)
     goes_on = not getattr(network.model.config, "is_encoder_decoder", False)
     tokenizer = _tokenizer(network, model, goes_on)
     options: dict[str, Any] = {

@@ -5,6 +5,7 @@ from bayesify.graph.inputs import as_inputs as as_inputs
 from bayesify.graph.inputs import derive_inputs as derive_inputs
 from bayesify.graph.layout import is_quantized as is_quantized
 from bayesify.graph.layout import observe as observe
+from bayesify.graph.norms import norm_pairs as norm_pairs
 from bayesify.graph.plan import Plan as Plan
 from bayesify.graph.plan import site_name as site_name
 from bayesify.graph.report import ConversionReport as ConversionReport

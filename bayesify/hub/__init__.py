@@ -4,6 +4,7 @@ from bayesify.hub.base import Base as Base
 from bayesify.hub.base import load_base as load_base
 from bayesify.hub.base import save_timm_folder as save_timm_folder
 from bayesify.hub.load import from_pretrained as from_pretrained
+from bayesify.hub.load import load_bayesian as load_bayesian
 from bayesify.hub.load import load_model as load_model
 from bayesify.hub.load import read_config as read_config
 from bayesify.hub.origin import Origin as Origin

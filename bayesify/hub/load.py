@@ -21,11 +21,15 @@ from bayesify.hub.save import FORMAT_VERSION
 from bayesify.tasks import TASKS
 
 if TYPE_CHECKING:
+    from bayesify.fused import FusedModel
     from bayesify.model import BayesianModel
 
 _FIELDS = {
     "format_version", "bayesify_version", "base_model", "weights", "rank1", "sites", "task", "labels", "preprocessing",
+    "fused",
 }  # fmt: skip
+_FUSED = {"samples": (int, type(None)), "seed": (int, type(None)), "weights": (str, type(None))}
+"""The types of what the field `fused`, which is optional, may hold: options of `BayesianModel.fuse`."""
 _DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
 
 
@@ -35,8 +39,8 @@ def from_pretrained(
     base_model: nn.Module | str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> BayesianModel:
-    """Load what `save_pretrained` wrote, in eval mode.
+) -> BayesianModel | FusedModel:
+    """Load what `save_pretrained` wrote, in eval mode: a Bayesian model, or a fused one if such a one was saved.
 
     Args:
         source: a folder, or a Hub id.
@@ -50,6 +54,22 @@ def from_pretrained(
         BayesifyError: the base model cannot be had.
     """
     folder = _folder(source, revision)
+    bnn = load_bayesian(folder, base_model=base_model, trust_remote_code=trust_remote_code)
+    fused = read_config(folder / CONFIG_FILE)["fused"]
+    if fused is None:
+        return bnn
+    bnn.report.unsettled = False  # it was fused before, which takes that to be known
+    return bnn.fuse(**fused)
+
+
+def load_bayesian(
+    source: str | Path,
+    *,
+    base_model: nn.Module | str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> BayesianModel:
+    """As `from_pretrained`, but always the Bayesian model, of a fused one that which was fused."""
+    folder = _folder(source, None)
     config = read_config(folder / CONFIG_FILE)
     state = read_tensors(folder / WEIGHTS_FILE)
     origin = config["base_model"]
@@ -77,6 +97,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise FormatError(f"{path}: field format_version is missing; this is no bayesify config.")
     if version > FORMAT_VERSION:
         raise FormatError(f"{path}: format_version {version} is newer than {FORMAT_VERSION}; update bayesify.")
+    content.setdefault("fused", None)
     if wrong := sorted(set(content) ^ _FIELDS):
         problem = "unknown" if wrong[0] in content else "missing"
         raise FormatError(f"{path}: field {wrong[0]} is {problem}.")
@@ -92,6 +113,11 @@ def read_config(path: Path) -> dict[str, Any]:
     sites = content["sites"]
     if not isinstance(sites, dict) or not all(dim in (0, 1, 2, 3) for dim in sites.values()):
         raise FormatError(f"{path}: field sites must map names to the dimension of their inputs that is the batch.")
+    fused = content["fused"]
+    if fused is not None and not (
+        isinstance(fused, dict) and all(type(value) in _FUSED.get(name, ()) for name, value in fused.items())
+    ):
+        raise FormatError(f"{path}: field fused must hold options of fuse: {', '.join(_FUSED)}; found {fused!r}.")
     content["rank1"] = Rank1Config.from_dict(content["rank1"], source=f"{path}: rank1")
     content["base_model"] = Origin.from_dict(content["base_model"], str(path))
     return content
@@ -169,7 +195,7 @@ def _convert(model: nn.Module, config: dict[str, Any], state: dict[str, Tensor],
 def load_model(source: str | Path, *, trust_remote_code: bool = False, **options: Any) -> tuple[nn.Module, Any]:
     """A saved Bayesian model, or a base model with its `Base`: what the command line means by MODEL."""
     if _is_bayesian(source):
-        return from_pretrained(source, trust_remote_code=trust_remote_code), None
+        return load_bayesian(source, trust_remote_code=trust_remote_code), None
     base = load_base(source, trust_remote_code=trust_remote_code, **options)
     return base.model, base
 

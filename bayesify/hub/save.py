@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,17 @@ FORMAT_VERSION = 1
 _READABLE = 0o666
 
 
-def save_pretrained(model: BayesianModel, folder: str | Path, *, full: bool = False) -> Path:
+def save_pretrained(
+    model: BayesianModel, folder: str | Path, *, full: bool = False, fused: Mapping[str, Any] | None = None
+) -> Path:
     """Write `bayesify_config.json`, `bayesify.safetensors` and `README.md`; `from_pretrained` reads them.
 
     The weights file holds the factors and every slow weight that differs from the base model's: trained weights, a new
     head, statistics of normalization layers. With `full`, or where the base model cannot be loaded again to compare
     with, it holds all slow weights (but not those in low-bit storage, which safetensors cannot hold: they are never
     trained, and the base model brings them). Files of an earlier save are replaced; the folder's other contents stay.
+
+    With `fused`, options of `BayesianModel.fuse`, `from_pretrained` fuses what it reads.
 
     Raises:
         FormatError: the folder holds something that bayesify did not write.
@@ -53,6 +58,8 @@ def save_pretrained(model: BayesianModel, folder: str | Path, *, full: bool = Fa
         "labels": list(model.label_names),
         "preprocessing": None if model.preprocessing is None else model.preprocessing.to_dict(),
     }
+    if fused is not None:
+        config["fused"] = dict(fused)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".saving-{os.getpid()}"
     temporary.mkdir()
