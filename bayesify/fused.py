@@ -38,8 +38,8 @@ class FusedModel(nn.Module):
     """K·S networks without random numbers, for inference. Made by `BayesianModel.fuse`.
 
     A call takes what the network takes and gives B rows, the predictive in the network's own output type, as a
-    `BayesianModel` does in eval mode; it keeps no caches of keys and values. `predict(...)` gives a `Predictive`. It can be
-    given to `torch.export.export` and, with ``dynamo=True``, to `torch.onnx.export`.
+    `BayesianModel` does in eval mode; it keeps no caches of keys and values. `predict(...)` gives a `Predictive`. It
+    can be given to `torch.export.export` and, with ``dynamo=True``, to `torch.onnx.export`.
 
     Attributes:
         networks: the network of each member and sample, member k's sample s at k·S + s. They share all parameters but
@@ -52,6 +52,8 @@ class FusedModel(nn.Module):
         settings: the options of `fuse` that were given.
         source: the Bayesian model as it was when fused; what `save_pretrained` writes. It is no submodule.
     """
+
+    source: BayesianModel
 
     def __init__(
         self,
@@ -179,13 +181,13 @@ def _settled(source: BayesianModel, example_inputs: Any) -> Inputs | None:
         except Exception as error:
             if given:
                 raise ConversionError(
-                    f"the model fails on example_inputs: {type(error).__name__}: {error}. Give the inputs of one call: a "
-                    "tensor, a tuple of positional or a mapping of keyword arguments."
+                    f"the model fails on example_inputs: {type(error).__name__}: {error}. Give the inputs of one call: "
+                    "a tensor, a tuple of positional or a mapping of keyword arguments."
                 ) from error
     if source.report.unsettled:
         raise ConversionError(
-            "where the batch is in each layer is not known before the first call: call the model once on inputs, or give "
-            "example_inputs=."
+            "where the batch is in each layer is not known before the first call: call the model once on inputs, or "
+            "give example_inputs=."
         )
     return None
 

@@ -337,7 +337,7 @@ class BayesianModel(nn.Module):
         weights: Literal["copies", "shared"] | None = None,
         example_inputs: Any = None,
     ) -> FusedModel:
-        """A module for inference with the same call: fixed factors, merged with the weights and batch norms beside them.
+        """A module for inference with the same call: fixed factors, merged with the weights and norms beside them.
 
         Args:
             samples: S draws of each member, which all examples share; `None` takes the posterior mean (S = 1).
@@ -347,7 +347,8 @@ class BayesianModel(nn.Module):
                 plain networks do; parameters without factors are shared. "shared" keeps one copy of all weights.
                 `None` takes copies if they fit in half of the memory that is available, and factors can be folded.
             example_inputs: inputs of one call, as for `bayesify`; by default made for timm and transformers models. On
-                them the merging of batch norms is checked; without any, only those are merged that are safe by the code.
+                them the merging of batch norms is checked; without any, only those that the code shows to be safe
+                are merged.
 
         Raises:
             ConversionError: "copies" of a layer whose own code transforms its weight; or example inputs that do not

@@ -56,7 +56,9 @@ def norm_pairs(model: nn.Module, *, checked: bool) -> list[tuple[str, str]]:
         return not hooked and not any(other.startswith(f"{name}.") for other in used)
 
     def sure(name: str) -> bool:
-        return isinstance(modules[name], _ConvNd) and not any(name.startswith(f"{owner}." if owner else "") for owner in unseen)
+        return isinstance(modules[name], _ConvNd) and not any(
+            name.startswith(f"{owner}." if owner else "") for owner in unseen
+        )
 
     return [
         (layer, norm)
