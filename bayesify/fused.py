@@ -99,7 +99,11 @@ class FusedModel(nn.Module):
         return Predictive.of(outputs, resolve_task(outputs[0, 0], self.task))
 
     def _for(self, kwargs: dict[str, Any]) -> nn.ModuleList:
-        given = [name for name in ("past_key_values", "use_cache", "mems", "use_mems") if kwargs.get(name)]
+        given = [
+            name
+            for name in ("past_key_values", "use_cache", "mems", "use_mems")
+            if kwargs.get(name) not in (None, False)
+        ]
         if given:
             raise DataError(
                 f"a fused model keeps no caches; found {given[0]}. Leave it out, or call the BayesianModel, whose "

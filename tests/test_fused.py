@@ -12,6 +12,7 @@ import torch
 from models import CASES, Case, revive, tensor
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import DynamicCache
 
 from bayesify import (
     BayesianModel,
@@ -320,6 +321,8 @@ def test_it_is_for_inference_alone() -> None:
     assert not fused.training
     with pytest.raises(DataError, match="use_cache"):
         fused(**inputs_of(BY_NAME["gpt2"]), use_cache=True)
+    with pytest.raises(DataError, match="past_key_values"):
+        fused(**inputs_of(BY_NAME["gpt2"]), past_key_values=DynamicCache())
 
 
 def test_options_that_have_no_meaning() -> None:
