@@ -68,7 +68,12 @@ class Rows:
         if _grid(kwargs) is not None:
             args, named = map_tensors((args, dict(kwargs)), lambda t: _repeat(t, t.shape[0], members, 0))
             return args, named
-        batch = self.batch_size(args, kwargs)
+        return self.grow(args, kwargs, self.batch_size(args, kwargs), members)
+
+    def grow(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int, members: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Repeat everything of B rows, and leave what has another number of them."""
         expanded = tuple(
             map_tensors(value, lambda t, d=self._dim(i): _repeat(t, batch, members, d)) for i, value in enumerate(args)
         )
@@ -153,6 +158,16 @@ def map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
         items = {name: map_tensors(item, function) for name, item in value.items()}
         return type(value)(**items) if dataclasses.is_dataclass(value) else type(value)(items)  # type: ignore[call-arg]
     return value
+
+
+def are_plain(value: Any) -> bool:
+    """Whether inputs or outputs are tensors, numbers and words in mappings, tuples and lists, and nothing with a state
+    of its own, such as a cache."""
+    if isinstance(value, Mapping):
+        return all(map(are_plain, value.values()))
+    if isinstance(value, (tuple, list)):
+        return all(map(are_plain, value))
+    return value is None or isinstance(value, (Tensor, bool, int, float, str))
 
 
 def _leaves(value: Any) -> list[Any]:

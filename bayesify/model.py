@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bayesify.added import Added, Held
+from bayesify.added import Added
 from bayesify.batch import Rows, add_to_loss
 from bayesify.config import NetworkConfig, Rank1Config
-from bayesify.distributions import CLIP, Factor, hold_parts, kl_divergence, side_by_side
+from bayesify.distributions import Factor, kl_divergence
+from bayesify.draws import Draws
 from bayesify.errors import BayesifyError, DataError, RowsError
-from bayesify.graph import ConversionReport, observe, restore, site_name, take_out
+from bayesify.graph import ConversionReport, Cut, Parting, observe, restore, site_name, take_out
 from bayesify.layers import (
-    MemberNorm,
-    MemberVector,
     Rank1Functional,
     Rank1Layer,
 )
 from bayesify.merge import merged
 from bayesify.modes import evaluating
 from bayesify.predictive import Predictive
+from bayesify.strategy import Strategies, Strategy
 from bayesify.tasks import TaskName, resolve_task
 
 if TYPE_CHECKING:
@@ -53,6 +51,9 @@ class BayesianModel(nn.Module):
             computes with the average of the members' factors.
         config: the options of the conversion; what else a transformers network's own config has is there, too.
         report: what was converted and what was not.
+        draws: the draws in force during a pass.
+        strategies: how members are computed, for each kind of inputs.
+        parting: where B rows become K·B, during a pass.
         task: how outputs are read, `bayesify.tasks`: "classification", "segmentation" (classes in dimension 1),
             "multilabel", "regression" (outputs are averaged), "gaussian" (means and log variances), "members" (no
             mixture is defined, as of sets of objects: a call gives K·B rows in eval mode, too), or None (decided by
@@ -78,6 +79,9 @@ class BayesianModel(nn.Module):
         own = getattr(model, "config", None)
         self.config = NetworkConfig.over(config, own) if hasattr(own, "model_type") else config
         self.report = report
+        self.draws = Draws(model, config)
+        self.strategies = Strategies(model)
+        self.parting = Parting(model)
         self.task: TaskName | None = task
         self.expansion: Expansion = "replicate"
         self.kl_weight = 0.0
@@ -134,25 +138,73 @@ class BayesianModel(nn.Module):
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rows = Rows(self.model)
         batch = rows.batch_size(args, kwargs)
-        examples = batch
-        if self.training and self.expansion == "partition":
+        if self.training:
+            return self._trained(rows, args, kwargs, batch)
+        strategy = self._strategy(rows, args, kwargs, batch)
+        count = strategy.members_at_once(self.members, args, kwargs, single=True) if strategy.plain else self.members
+        outputs = [self._pass(rows, args, kwargs, batch, part, None, strategy.cut) for part in self._parts(count)]
+        output = outputs[0] if len(outputs) == 1 else rows.joined(outputs, count * batch)
+        return rows.reduce(output, self.members, batch, self.task)
+
+    def _trained(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> Any:
+        """K·B rows of output, and draws that stay in place: gradient checkpointing runs layers again in backward."""
+        if self.expansion == "partition":
             if batch % self.members:
                 raise DataError(
                     f"a batch of {batch} examples cannot be partitioned among {self.members} members; "
                     f"give a multiple of {self.members}."
                 )
-            examples = batch // self.members
+            batch //= self.members
+            self.parting.end()
         else:
-            args, kwargs = rows.expand(args, kwargs, self.members)
-        if not self.training:
-            with self._drawn(slice(None), examples, seed=None):
-                return rows.reduce(self.model(*args, **kwargs), self.members, batch, self.task)
-        # The draws stay in place after a training forward: gradient checkpointing runs layers again in backward.
-        random_draws = self._hold(slice(None), examples, seed=_peek_seed())
-        output = self.model(*args, **kwargs)
+            cut = self._strategy(rows, args, kwargs, batch).cut
+            args, kwargs = self.parting.enter(rows, args, kwargs, batch, self.members, cut)
+        random_draws = self.draws.hold(slice(None), batch, seed=_peek_seed())
+        output = self.parting.leave(self.model(*args, **kwargs))
         if random_draws:
             torch.randint(2, ())  # move the stream on, so that the next forward draws anew
         return add_to_loss(output, self.kl_weight * self.kl()) if self.kl_weight else output
+
+    def _pass(
+        self,
+        rows: Rows,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batch: int,
+        members: slice,
+        seed: Any,
+        cut: Cut | None,
+    ) -> Any:
+        """The output of the network for k members on B examples, of k·B rows."""
+        args, kwargs = self.parting.enter(rows, args, kwargs, batch, members.stop - members.start, cut)
+        try:
+            with self.draws.drawn(members, batch, seed):
+                return self.parting.leave(self.model(*args, **kwargs))
+        finally:
+            self.parting.end()
+
+    def _parts(self, count: int) -> list[slice]:
+        """The members, so many at once."""
+        return [slice(start, min(start + count, self.members)) for start in range(0, self.members, count)]
+
+    def _strategy(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> Strategy:
+        """How members are computed for such inputs. That parting late changes nothing is seen on the first of them."""
+        self.draws.release()
+        strategy = self.strategies.of(args, kwargs)
+        if strategy.cut is None or strategy.verified or self.members == 1:
+            return strategy
+        with evaluating(self), torch.no_grad():
+            early, late = (
+                rows.outputs(self._pass(rows, args, kwargs, batch, slice(0, self.members), None, cut))
+                for cut in (None, strategy.cut)
+            )
+        strategy.verified = True
+        if early.shape != late.shape or not torch.allclose(early, late, *_close(early)):
+            self.report.notes.append(
+                f"members could not part at {strategy.cut.at!r}: the code after it treats rows differently"
+            )
+            strategy.cut = None
+        return strategy
 
     def predict(
         self,
@@ -179,15 +231,17 @@ class BayesianModel(nn.Module):
         kwargs.pop("labels", None)
         rows = Rows(self.model)
         batch = rows.batch_size(args, kwargs)
-        chunk = min(member_chunk or self.members, self.members)
         if samples is not None and seed is None:
             seed = int(torch.randint(2**62, ()))
-        chunks = [slice(start, min(start + chunk, self.members)) for start in range(0, self.members, chunk)]
         keys = [None] if samples is None else [(seed, sample) for sample in range(samples)]
+        single = samples is None or self.config.noise == "member"
 
         def call() -> Tensor:
+            strategy = self._strategy(rows, args, kwargs, batch)
+            count = member_chunk or strategy.members_at_once(self.members, args, kwargs, single)
+            parts = self._parts(min(count, self.members))
             draws = [
-                torch.cat([self._outputs(rows, args, kwargs, batch, members, key) for members in chunks])
+                torch.cat([self._outputs(rows, args, kwargs, batch, part, key, strategy.cut) for part in parts])
                 for key in keys
             ]
             return torch.stack(draws, 1)
@@ -196,13 +250,12 @@ class BayesianModel(nn.Module):
             outputs = self.settled(call, args, kwargs)
         return Predictive.of(outputs, resolve_task(outputs[0, 0], self.task))
 
-    def _outputs(self, rows: Rows, args: Any, kwargs: Any, batch: int, members: slice, key: Any) -> Tensor:
+    def _outputs(
+        self, rows: Rows, args: Any, kwargs: Any, batch: int, part: slice, key: Any, cut: Cut | None
+    ) -> Tensor:
         """[k, B, ...] outputs of some members for one draw."""
-        count = members.stop - members.start
-        args, kwargs = rows.expand(args, kwargs, count)
-        with self._drawn(members, batch, seed=key):
-            output = rows.outputs(self.model(*args, **kwargs))
-        return output.movedim(rows.input_dim, 0).unflatten(0, (count, -1))
+        output = rows.outputs(self._pass(rows, args, kwargs, batch, part, key, cut))
+        return output.movedim(rows.input_dim, 0).unflatten(0, (part.stop - part.start, -1))
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **options: Any) -> Generation:
         """Text from the predictive, with the doubt of every token; see `bayesify.generation.generate`."""
@@ -227,7 +280,7 @@ class BayesianModel(nn.Module):
 
     def _settle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Look for the batch; returns whether anything new was found."""
-        self._release()
+        self.draws.release()
         self.report.unsettled = False
         known = self.report.batch_dims
         layers = dict(self.layers())
@@ -244,63 +297,12 @@ class BayesianModel(nn.Module):
                     parameters = sum(parameter.numel() for parameter in site.parameters())
                     self.report.leave_out(path, found.without[path], parameters)
                     take_out(layer, weight)
+                    self._forget()
                     news = True
                 elif found.dims.get(path) and path not in known:
                     known[path] = site.batch_dim = found.dims[path]  # type: ignore[assignment]
                     news = True
         return news
-
-    # -------------------------------------------------------------------------------------------- draws
-
-    @contextmanager
-    def _drawn(self, members: slice, examples: int, seed: Any) -> Iterator[None]:
-        self._hold(members, examples, seed)
-        try:
-            yield
-        finally:
-            self._release()
-
-    def _release(self) -> None:
-        for module in self.model.modules():
-            if isinstance(module, Held):
-                module.hold(None)
-
-    def _hold(self, members: slice, examples: int, seed: Any) -> bool:
-        """Give every factor its draw: [k·B, d] rows for noise per example, [k, d] per member or at the mean.
-
-        Returns whether the draws are random.
-
-        `seed` is anything with a repr; `None` means posterior means. Each member has a generator of its own, so
-        its draws do not depend on which other members are computed beside it.
-        """
-        self._check_converted()
-        groups = side_by_side(factor for _, _, factor in self.factors())
-        self._hold_members(members)
-        if seed is None or not any(factor.random for factor, _ in groups):
-            for factor, parts in groups:
-                hold_parts(parts, factor.mean[members].clamp(-CLIP, CLIP))
-            return False
-        each = examples if self.config.noise == "example" else 1
-        device = groups[0][1][0].loc.device
-        noise: list[list[Tensor]] = [[] for _ in groups]
-        for member in range(*members.indices(self.members)):
-            generator = torch.Generator(device).manual_seed(random.Random(repr((seed, member))).getrandbits(63))
-            for drawn, (factor, _) in zip(noise, groups, strict=True):
-                drawn.append(factor.noise(each, generator))
-        for drawn, (factor, parts) in zip(noise, groups, strict=True):
-            hold_parts(parts, factor.transform(torch.stack(drawn), members).flatten(0, 1))
-        return True
-
-    def _check_converted(self) -> None:
-        if next(self.factors(), None) is None:
-            raise BayesifyError("this model has been unloaded: nothing in it is Bayesian any more.")
-
-    def _hold_members(self, members: slice) -> None:
-        """Tell what each member has of its own, besides factors, which members are computed."""
-        if self.config.member_bias or self.config.member_batch_norm:
-            for module in self.model.modules():
-                if isinstance(module, (MemberVector, MemberNorm)):
-                    module.hold(members)
 
     # -------------------------------------------------------------------------------------------- objective
 
@@ -311,9 +313,7 @@ class BayesianModel(nn.Module):
         KL of the mixture) or summed ("sum", as the paper's released code). Where it is a Monte Carlo estimate, it draws
         from torch's global generator (`bayesify.distributions.kl_variance` gives its variance).
         """
-        self._check_converted()
-        groups = side_by_side(factor for _, _, factor in self.factors())
-        per_member = torch.stack([kl_divergence(factor) for factor, _ in groups]).sum(0)
+        per_member = torch.stack([kl_divergence(factor) for factor, _ in self.draws.joined()]).sum(0)
         return per_member.mean() if self.config.kl_reduction == "mean" else per_member.sum()
 
     # -------------------------------------------------------------------------------------------- ways out
@@ -326,7 +326,8 @@ class BayesianModel(nn.Module):
         """
         if not -self.members <= member < self.members:
             raise BayesifyError(f"member {member} does not exist; there are {self.members} (0 to {self.members - 1}).")
-        with self._drawn(slice(None), 1, seed=None):
+        self.parting.remove()
+        with self.draws.drawn(slice(None), 1, seed=None):
             return merged(self.model, member % self.members, tied=bool(self.report.tied))
 
     def fuse(
@@ -364,7 +365,14 @@ class BayesianModel(nn.Module):
         Slow weights keep what training made of them; batch norms of each member's own leave their average statistics.
         """
         restore(list(self.model.modules()))
+        self.parting.remove()
+        self._forget()
         return self.model
+
+    def _forget(self) -> None:
+        """What was seen of the network's structure."""
+        self.draws.forget()
+        self.strategies.forget()
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
         """Write the model to a folder; see `bayesify.hub.save_pretrained`."""
@@ -377,6 +385,12 @@ class BayesianModel(nn.Module):
         from bayesify.hub import push_to_hub
 
         return push_to_hub(self, repo_id, **options)
+
+
+def _close(values: Tensor) -> tuple[float, float]:
+    """Relative and absolute tolerance within which two ways to compute the same agree."""
+    epsilon = torch.finfo(values.dtype).eps ** 0.5
+    return epsilon, epsilon * float(values[values.isfinite()].abs().amax()) if values.isfinite().any() else 0.0
 
 
 def _peek_seed() -> tuple[str, int]:

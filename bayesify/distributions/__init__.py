@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bayesify.distributions.joint import alike as alike
 from bayesify.distributions.joint import hold_parts as hold_parts
 from bayesify.distributions.joint import side_by_side as side_by_side
 from bayesify.distributions.kl import check_pair as check_pair

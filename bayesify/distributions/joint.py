@@ -11,17 +11,24 @@ from torch import Tensor
 from bayesify.distributions.posteriors import POSTERIORS, Factor
 
 
-def side_by_side(factors: Iterable[Factor]) -> list[tuple[Factor, list[Factor]]]:
-    """Factors of one family with one prior joined to one of [K, Σ d] elements, beside those it is made of.
+def alike(factors: Iterable[Factor]) -> list[list[Factor]]:
+    """Factors of one family with one prior together, for `side_by_side`.
 
-    A joined factor is computed from the parameters of its parts and passes gradients on to them; it has none itself.
-    A factor that cannot be joined stands for itself: one of a user's own family, or with something that its
+    A factor that cannot be joined to others is by itself: one of a user's own family, or with something that its
     elements share.
     """
     groups: dict[object, list[Factor]] = {}
     for factor in factors:
         groups.setdefault(_kind(factor), []).append(factor)
-    return [(parts[0] if len(parts) == 1 else _joined(parts), parts) for parts in groups.values()]
+    return list(groups.values())
+
+
+def side_by_side(groups: Iterable[list[Factor]]) -> list[tuple[Factor, list[Factor]]]:
+    """Factors that are alike joined to one of [K, Σ d] elements, beside those it is made of.
+
+    A joined factor is computed from the parameters of its parts and passes gradients on to them; it has none itself.
+    """
+    return [(parts[0] if len(parts) == 1 else _joined(parts), parts) for parts in groups]
 
 
 def hold_parts(parts: list[Factor], values: Tensor) -> None:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import operator
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +11,7 @@ from torch import fx, nn
 
 from bayesify.graph.capture import ParameterOf, Use, linear_uses
 from bayesify.graph.inputs import Inputs
+from bayesify.graph.shapes import quiet
 from bayesify.modes import evaluating
 
 
@@ -31,7 +27,7 @@ def export_uses(model: nn.Module, inputs: Inputs) -> Exported | None:
     """The linear operations of the model on the given inputs, or `None` where it cannot be exported."""
     args, kwargs = inputs
     try:
-        with evaluating(model), torch.random.fork_rng(devices=[]), _quiet():
+        with evaluating(model), torch.random.fork_rng(devices=[]), quiet():
             kwargs = {**kwargs, **_no_cache(model)}
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception:
@@ -82,19 +78,6 @@ def _region(node: fx.Node, module: fx.GraphModule) -> tuple[fx.GraphModule, list
         if isinstance(argument, fx.Node) and argument.op == "get_attr":
             return getattr(module, str(argument.target)), list(node.args[place + 1 :])
     return None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Export prints and logs the whole graph where it fails, which is no error here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _owner(node: fx.Node) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from bayesify.batch import Rows, map_tensors
+from bayesify.batch import Rows
 from bayesify.graph.inputs import Inputs
 from bayesify.graph.plan import join, site_name
+from bayesify.graph.shapes import on_shapes
 from bayesify.layers import OUT_BATCH_DIM, Rank1Layer, Site, rank1_class, watched_products
 from bayesify.modes import evaluating
 
@@ -100,11 +98,6 @@ def _grown_dim(small: list[torch.Size], large: list[torch.Size]) -> int | str | 
     return only[0] if len(dims) == 1 and len(only := dims.pop()) == 1 else None
 
 
-def is_quantized(tensor: Tensor) -> bool:
-    """Whether a tensor stores its values in a way of its own, as those of torchao do."""
-    return is_traceable_wrapper_subclass(tensor)
-
-
 def may_be_elsewhere(layers: Mapping[str, nn.Module], functional: Mapping[str, Mapping[str, str]]) -> bool:
     """Whether any of the layers takes inputs with the batch in another dimension than the first."""
     return bool(functional) or any(not _knows_its_batch(layer) and _takes_any_shape(layer) for layer in layers.values())
@@ -140,11 +133,8 @@ def _grown_shapes(
 def _run_on_shapes(
     model: nn.Module, inputs: Inputs, names: list[str], functional: Mapping[str, Mapping[str, str]]
 ) -> _Shapes:
-    if any(is_quantized(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise NotImplementedError("low-bit storage has no rule for shapes alone")
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        args, kwargs = (map_tensors(part, mode.from_tensor) for part in inputs)
-        return _run_on_values(_shape_twin(model, mode), (args, kwargs), names, functional)
+    with on_shapes(model, inputs) as (twin, fake):
+        return _run_on_values(twin, fake, names, functional)
 
 
 def _run_on_values(
@@ -185,13 +175,3 @@ class _Recorder(Site):
 
     def note(self, x: Tensor) -> None:
         self.shapes.append(x.shape)
-
-
-def _shape_twin(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy of the model's structure whose tensors have shapes but no memory; neither the model nor what listens to
-    its outputs notices."""
-    tensors = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
-    for module in twin.modules():
-        module._forward_hooks.clear()
-    return twin

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bayesify import Rank1Config
-from bayesify.distributions import POSTERIORS, NormalFactor, hold_parts, kl_divergence, make_factor, side_by_side
+from bayesify.distributions import POSTERIORS, NormalFactor, alike, hold_parts, kl_divergence, make_factor, side_by_side
 
 SIZES = (3, 5, 2)
 
@@ -36,7 +36,7 @@ def factors(**options: object) -> list:
 )
 def test_draws_kl_and_gradients(options: dict[str, object], joined: bool) -> None:
     parts = factors(**options)
-    groups = side_by_side(parts)
+    groups = side_by_side(alike(parts))
     assert len(groups) == (1 if joined else len(parts))
     assert [part for _, each in groups for part in each] == parts
     parameters = [parameter for part in parts for parameter in part.parameters(recurse=False)]
@@ -68,7 +68,7 @@ def test_what_differs_stays_apart() -> None:
     one, two = factors()[:2]
     other = factors(prior_scale=0.5)[0]
     own = Own(torch.ones(2, 4), 0.1, one.prior)
-    groups = side_by_side([one, other, two, own])
+    groups = side_by_side(alike([one, other, two, own]))
     assert [each for _, each in groups] == [[one, two], [other], [own]]
     assert groups[1][0] is other
     assert type(own) not in POSTERIORS.values()

@@ -1,0 +1,111 @@
+"""What computing members costs, and which way costs least: constants of a machine, and nothing else, decide.
+
+The constants were fitted to times that `benchmarks/speed/calibrate.py` measures, which writes `cost.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+FILE = Path(__file__).with_name("cost.json")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one layer does in one forward pass.
+
+    Attributes:
+        calls: of the layer.
+        weight: elements of its weights.
+        inputs, outputs: elements for one example, over all calls.
+        products: multiplications of its linear maps for one example.
+    """
+
+    calls: int
+    weight: int
+    inputs: float
+    outputs: float
+    products: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds on one machine.
+
+    Attributes:
+        call: of calling a layer, and what lies between it and the next.
+        product: of one multiplication in a linear map.
+        weight: of reading one element of a weight.
+        multiply: of multiplying one element of activations by a factor.
+        fold: of multiplying one element of a weight by its factors.
+        fresh: of one element of memory that is had from the system, as tensors beyond `kept_bytes` are.
+        kept_bytes: size of the largest tensor whose memory is used again.
+    """
+
+    call: float
+    product: float
+    weight: float
+    multiply: float
+    fold: float
+    fresh: float
+    kept_bytes: int = 32 << 20
+
+    def folds(self, weight: float, activations: float) -> bool:
+        """Whether multiplying a weight costs less than multiplying what the layer gets and gives (elements)."""
+        return self.fold * weight < self.multiply * activations
+
+    def of_layer(self, work: Work, rows: float, single: bool, factors: bool) -> float:
+        """Seconds of a layer for as many rows.
+
+        Args:
+            single: whether all rows share one draw, which may then be folded into the weight.
+            factors: whether the layer has any.
+        """
+        activations = (work.inputs + work.outputs) * rows
+        seconds = self.call * work.calls + max(self.product * work.products * rows, self.weight * work.weight)
+        if 4 * work.outputs * rows / max(work.calls, 1) > self.kept_bytes:
+            seconds += self.fresh * work.outputs * rows
+        if factors:
+            folded = single and self.folds(work.weight, activations)
+            seconds += self.fold * work.weight if folded else self.multiply * activations
+        return seconds
+
+
+@cache
+def costs() -> Costs:
+    """Of the machine that the library was calibrated on."""
+    return Costs(**json.loads(FILE.read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a network does with inputs of one kind.
+
+    Attributes:
+        sites: the work of layers that members do not share.
+        shared: of layers that all members share.
+    """
+
+    sites: Mapping[str, Work]
+    shared: Mapping[str, Work]
+
+    def seconds(self, members: int, at_once: int, examples: float, single: bool) -> float:
+        """Of K members, so many of them at once.
+
+        Args:
+            examples: B, the number of examples, in units of what the work was measured on.
+            single: whether the rows of one member share a draw.
+        """
+        c, alone = costs(), single and at_once == 1
+        own = sum(c.of_layer(work, at_once * examples, alone, True) for work in self.sites.values())
+        shared = sum(c.of_layer(work, examples, False, False) for work in self.shared.values())
+        return members / at_once * (own + shared)
+
+    def members_at_once(self, members: int, examples: float, single: bool) -> int:
+        """How many members to compute at once."""
+        choices = [count for count in range(members, 0, -1) if members % count == 0]
+        return min(choices, key=lambda count: self.seconds(members, count, examples, single))
