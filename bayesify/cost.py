@@ -93,14 +93,14 @@ class Workload:
     sites: Mapping[str, Work]
     shared: Mapping[str, Work]
 
-    def seconds(self, members: int, at_once: int, examples: float, single: bool) -> float:
+    def seconds(self, members: int, at_once: int, examples: float, single: bool, machine: Costs | None = None) -> float:
         """Of K members, so many of them at once.
 
         Args:
             examples: B, the number of examples, in units of what the work was measured on.
             single: whether the rows of one member share a draw.
         """
-        c, alone = costs(), single and at_once == 1
+        c, alone = machine or costs(), single and at_once == 1
         own = sum(c.of_layer(work, at_once * examples, alone, True) for work in self.sites.values())
         shared = sum(c.of_layer(work, examples, False, False) for work in self.shared.values())
         return members / at_once * (own + shared)

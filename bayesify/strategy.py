@@ -39,7 +39,11 @@ class Strategy:
         """How many to compute at once."""
         if self.workload is None or members == 1:
             return members
-        return self.workload.members_at_once(members, _elements((args, kwargs)) / self.elements, single)
+        return self.workload.members_at_once(members, self.examples(args, kwargs), single)
+
+    def examples(self, args: Any, kwargs: Any) -> float:
+        """How many times the inputs of one example there are."""
+        return _elements((args, kwargs)) / self.elements
 
 
 class Strategies:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bayesify.cost import costs
+
 CHUNK_BYTES = 4 << 20
 """Size of what a chunk of rows makes on the way: near the cache that cores share."""
-FOLD = 1.0
-"""What folding costs an element of the weight, in multiplications of an element of the activations."""
 SMALLEST_DIVISOR = 1e-5
 """Where |r| is smaller, dividing by it would lose the gradient of r, and y is computed anew."""
 
@@ -170,7 +170,7 @@ def _forward(
 def _smaller_weight(x: Tensor, weight: Tensor, s: Tensor | None, r: Tensor | None, linear: Map) -> bool:
     """Whether multiplying the weight costs less than multiplying what the layer gets and gives."""
     sides = (s is not None) * x.numel() + (r is not None) * x.numel() * linear.growth(weight)
-    return FOLD * weight.numel() < sides
+    return costs().folds(weight.numel(), sides)
 
 
 def _finish(y: Tensor, r: Tensor | None, bias: Tensor | None, rows: slice, out: Tensor) -> Tensor:
