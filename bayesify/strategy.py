@@ -15,6 +15,8 @@ from bayesify.graph import Cut, find_cut, measure_work, on_shapes, record_calls
 from bayesify.layers import MemberBatchNorm, Rank1Layer
 
 Kind = tuple[Any, ...]
+_TIMES = 97
+"""How many times the batch a network is looked at with: so no other dimension is taken for it."""
 
 
 @dataclass
@@ -87,14 +89,14 @@ def _look(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> St
     try:
         batch = rows.batch_size(args, kwargs)
         with torch.no_grad(), torch.random.fork_rng(devices=[]), on_shapes(model, (args, kwargs)) as (twin, fake):
-            several = rows.expand(*fake, 2) if batch == 1 else fake
-            calls, output = record_calls(twin, several)
+            several = rows.expand(*fake, _TIMES)
+            calls, output = record_calls(twin, several, batch * _TIMES)
             plain = are_plain(output) and not rows.recurrent
             if plain:
                 cut = find_cut(twin, several, calls)
     except Exception:
         return Strategy()  # control flow on values, or an operation without a rule for shapes
-    work = measure_work(model, calls, rows.batch_size(*several))
+    work = measure_work(model, calls, batch * _TIMES)
     own = (Rank1Layer, MemberBatchNorm)
     first = next((i for i, call in enumerate(calls) if isinstance(model.get_submodule(call.name), own)), 0)
     before = {call.name for call in calls[:first]} if cut is not None else set()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from bayesify.batch import map_tensors
 from bayesify.cost import Work
 from bayesify.graph.inputs import Inputs
 from bayesify.layers import Rank1Functional, Rank1Layer, functional_sizes, weight_sizes
@@ -18,10 +19,12 @@ from bayesify.modes import evaluating
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: by which modules, outermost first, and the elements of what it got and gave."""
+    """One call of a module: by which modules, outermost first, the elements of what it got and gave, and which of its
+    arguments hold a tensor with the batch in its first dimension."""
 
     name: str
     callers: tuple[str, ...]
+    batched: frozenset[int | str]
     inputs: int = 0
     outputs: int = 0
 
@@ -32,22 +35,29 @@ class _Stack:
     open: list[tuple[str, int]] = field(default_factory=list)
 
 
-def record_calls(twin: nn.Module, inputs: Inputs) -> tuple[list[Call], Any]:
-    """All calls of modules in the order in which they begin, and the output."""
+def record_calls(twin: nn.Module, inputs: Inputs, batch: int) -> tuple[list[Call], Any]:
+    """All calls of modules in the order in which they begin, and the output, for a batch of a size that nothing else
+    has."""
     stack = _Stack()
+
+    def has_batch(value: Any) -> bool:
+        found: list[bool] = []
+        map_tensors(value, lambda t: found.append(isinstance(t, Tensor) and t.shape[:1] == (batch,)))
+        return any(found)
 
     def began(name: str) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            stack.calls.append(Call(name, tuple(caller for caller, _ in stack.open)))
+            batched = frozenset(key for key, value in (*enumerate(args), *kwargs.items()) if has_batch(value))
+            stack.calls.append(Call(name, tuple(caller for caller, _ in stack.open), batched))
             stack.open.append((name, len(stack.calls) - 1))
 
         return hook
 
     def ended(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        name, number = stack.open.pop()
+        _, number = stack.open.pop()
         given = (value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, PackedSequence)))
         sizes = _elements(next(given, None)), _elements(output[0] if isinstance(output, tuple) else output)
-        stack.calls[number] = Call(name, stack.calls[number].callers, *sizes)
+        stack.calls[number] = replace(stack.calls[number], inputs=sizes[0], outputs=sizes[1])
 
     with ExitStack() as undo, evaluating(twin), torch.no_grad():
         for name, module in twin.named_modules():

@@ -7,6 +7,7 @@ members share to what they do not.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,12 @@ class Cut:
 
     Attributes:
         at: the module at whose inputs they do.
-        tail: it, and modules called after it by the code around it, whose inputs may still have B rows.
+        tail: it, and modules called after it by the code around it, whose inputs may still have B rows, with the
+            arguments (by position or name) that do in the network as it is.
     """
 
     at: str
-    tail: tuple[str, ...]
+    tail: Mapping[str, frozenset[int | str]]
 
 
 class Parting:
@@ -41,7 +43,7 @@ class Parting:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._tail: tuple[str, ...] = ()
+        self._tail: Mapping[str, frozenset[int | str]] = {}
         self._batch = self._members = 0
         self._rows = Rows(nn.Module())
         self._handles: dict[str, Any] = {}
@@ -67,7 +69,7 @@ class Parting:
 
     def end(self) -> None:
         """The pass is over."""
-        self._tail = ()
+        self._tail = {}
 
     def remove(self) -> None:
         """Take away what tells of the calls at which members part; the next pass puts it there anew."""
@@ -77,10 +79,14 @@ class Parting:
 
     def grown(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments of a module's call."""
-        return self._rows.grow(args, kwargs, self._batch, self._members) if name in self._tail else (args, kwargs)
+        batched = self._tail.get(name, frozenset())
+        with_batch = {str(key): value for key, value in (*enumerate(args), *kwargs.items()) if key in batched}
+        grown = self._rows.grow((), with_batch, self._batch, self._members)[1]
+        args = tuple(grown.get(str(place), value) for place, value in enumerate(args))
+        return args, {key: grown.get(key, value) for key, value in kwargs.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tail": ()}
+        return {**self.__dict__, "_tail": {}}
 
 
 @dataclass
@@ -100,8 +106,8 @@ def find_cut(twin: nn.Module, inputs: Inputs, calls: list[Call]) -> Cut | None:
 
     Args:
         twin: the network on shapes alone.
-        inputs: with at least two examples.
-        calls: of its modules.
+        inputs: of a batch of a size that nothing else has.
+        calls: of its modules on them.
     """
     modules = dict(twin.named_modules())
     own = (Rank1Layer, MemberBatchNorm)
@@ -110,7 +116,7 @@ def find_cut(twin: nn.Module, inputs: Inputs, calls: list[Call]) -> Cut | None:
         return None
     rows = Rows(twin)
     batch = rows.batch_size(*inputs)
-    _, expected = record_calls(twin, rows.expand(*inputs, _MEMBERS))
+    _, expected = record_calls(twin, rows.expand(*inputs, _MEMBERS), batch)
     stack = [*calls[first].callers, calls[first].name]
     for depth in range(len(stack) - 1, 0, -1):
         cut = _cut_at(stack[: depth + 1], calls)
@@ -128,14 +134,17 @@ def _cut_at(stack: list[str], calls: list[Call]) -> Cut | None:
     start = next(i for i, call in enumerate(calls) if [*call.callers, call.name] == stack)
     before = {call.name for call in calls[:start]}
     around = [tuple(stack[:depth]) for depth in range(1, len(stack))]
-    after = dict.fromkeys(call.name for call in calls[start:] if call.callers in around)
-    return None if stack[-1] in before else Cut(stack[-1], tuple(name for name in after if name not in before))
+    after: dict[str, frozenset[int | str]] = {}
+    for call in calls[start:]:
+        if call.callers in around and call.name not in before:
+            after[call.name] = after.get(call.name, frozenset()) | call.batched
+    return None if stack[-1] in before else Cut(stack[-1], after)
 
 
 def _fits(twin: nn.Module, inputs: Inputs, cut: Cut, batch: int, expected: Any) -> bool:
     parting = Parting(twin)
     try:
-        _, output = record_calls(twin, parting.enter(Rows(twin), *inputs, batch, _MEMBERS, cut))
+        _, output = record_calls(twin, parting.enter(Rows(twin), *inputs, batch, _MEMBERS, cut), batch)
     except Exception:
         return False  # B and K·B rows met
     finally:

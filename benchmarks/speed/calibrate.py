@@ -101,7 +101,7 @@ def _fitted(measured: list[Measured]) -> cost.Costs:
             centered = logs_of - logs_of.mean(0)
             found.append(centered[:, 0] - centered[:, 1])  # which of them takes least, by which it is chosen
         # Where times say nothing about a constant, it stays near where it was.
-        return np.concatenate([*found, 0.01 * (logs - before)])
+        return np.concatenate([*found, 0.1 * (logs - before)])
 
     before = np.log([getattr(start, name) for name in names])
     fit = least_squares(errors, before)
