@@ -1,6 +1,7 @@
 """What computing members costs, and which way costs least: constants of a machine, and nothing else, decide.
 
-The constants were fitted to times that `benchmarks/speed/calibrate.py` measures, which writes `cost.json`.
+The constants in `cost.json` are rounded from times of single operations and of whole networks on two CPU cores;
+`benchmarks/speed/calibrate.py` fits them to another machine.
 """
 
 from __future__ import annotations

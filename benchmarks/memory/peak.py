@@ -12,11 +12,8 @@ import torch
 from benchmarks.speed.contenders import Contender
 from benchmarks.speed.networks import NETWORKS
 
-CALLS = 3
-"""The first training step makes gradients and the optimizer's state; the second has them from its beginning."""
 
-
-def peak_of(contender: Contender, name: str, batch: int, members: int) -> dict[str, float]:
+def peak_of(contender: Contender, name: str, batch: int, members: int, calls: int) -> dict[str, float]:
     """MiB of resident memory: `libraries` before the network is built, `built` after, and the `peak` of its calls.
 
     What is loaded at first use, code and caches of libraries, is in all three: a call on few examples comes first.
@@ -24,7 +21,7 @@ def peak_of(contender: Contender, name: str, batch: int, members: int) -> dict[s
     warnings.simplefilter("ignore")
     _call(contender, name, min(batch, members), members, 1)
     libraries = _settled()
-    built, peak = _call(contender, name, batch, members, CALLS)
+    built, peak = _call(contender, name, batch, members, calls)
     return {"libraries": libraries, "built": built, "peak": peak}
 
 

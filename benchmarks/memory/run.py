@@ -23,7 +23,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.memory.peak import CALLS, peak_of
+from benchmarks.memory.peak import peak_of
 from benchmarks.rows import Row, in_fresh_process, measured, reason, show
 from benchmarks.speed.contenders import INFERENCE, PLAIN_STEP, TRAINING, Contender, baseline_of, ours
 from benchmarks.speed.networks import jobs_of
@@ -37,9 +37,14 @@ class What(str, Enum):
 
 
 CONTENDERS: dict[What, dict[str, Contender]] = {
-    What.inference: {**INFERENCE, "bayesify, one member at a time": ours(member_chunk=1)},
+    What.inference: {
+        **{name: INFERENCE[name] for name in ("floor", "bayesify", "deep ensemble", "vmap")},
+        "bayesify, one member at a time": ours(member_chunk=1),
+    },
     What.training: TRAINING,
 }
+CALLS = {What.inference: 1, What.training: 3}
+"""The first training step makes gradients and the optimizer's state; the second has them from its beginning."""
 
 
 def main(
@@ -75,7 +80,7 @@ def _measured(what: What, members: int, pattern: str, name: str, batch: int) -> 
         "network": name,
         "batch": batch,
         "members": members,
-        "calls": CALLS,
+        "calls": CALLS[what],
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "baseline": baseline,
@@ -85,7 +90,7 @@ def _measured(what: What, members: int, pattern: str, name: str, batch: int) -> 
 
 
 def _peak(what: What, contender: str, name: str, batch: int, members: int) -> dict[str, float]:
-    return peak_of(CONTENDERS[what][contender], name, batch, members)
+    return peak_of(CONTENDERS[what][contender], name, batch, members, CALLS[what])
 
 
 def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
