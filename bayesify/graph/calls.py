@@ -54,7 +54,7 @@ def record_calls(twin: nn.Module, inputs: Inputs, batch: int) -> tuple[list[Call
         return hook
 
     def ended(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        _, number = stack.open.pop()
+        number = stack.open.pop()[1]
         given = (value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, PackedSequence)))
         sizes = _elements(next(given, None)), _elements(output[0] if isinstance(output, tuple) else output)
         stack.calls[number] = replace(stack.calls[number], inputs=sizes[0], outputs=sizes[1])
