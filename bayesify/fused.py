@@ -153,7 +153,7 @@ def fuse(
         seed = int(torch.randint(2**62, ()))
     source = copy.deepcopy(bnn).eval().requires_grad_(False)
     inputs = _settled(source, example_inputs)
-    source.parting.remove()
+    source.passes.parting.remove()
     keys: list[Any] = [None] if samples is None else [(seed, sample) for sample in range(samples)]
     settings = {"samples": samples, "seed": seed, "weights": weights}
     if weights is None:
@@ -213,7 +213,7 @@ def _networks(
     """The networks in the order of `FusedModel.networks`, and the batch norms that were merged."""
     by_sample: list[list[nn.Module]] = []
     for key in keys:
-        with source.draws.drawn(slice(None), 1, key):
+        with source.passes.draws.drawn(slice(None), 1, key):
             if not by_sample and pairs and inputs is not None:
                 plain, tried = (_network(source, 0, weights, some, None) for some in ([], pairs))
                 pairs = pairs if _agree(plain, tried, inputs) else []

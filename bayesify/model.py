@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -10,20 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from bayesify.added import Added
-from bayesify.batch import Rows, add_to_loss
+from bayesify.batch import add_to_loss
 from bayesify.config import NetworkConfig, Rank1Config
 from bayesify.distributions import Factor, kl_divergence
-from bayesify.draws import Draws
-from bayesify.errors import BayesifyError, DataError, RowsError
-from bayesify.graph import ConversionReport, Cut, Parting, observe, restore, site_name, take_out
-from bayesify.layers import (
-    Rank1Functional,
-    Rank1Layer,
-)
+from bayesify.errors import BayesifyError, DataError
+from bayesify.graph import ConversionReport, restore, site_name
+from bayesify.layers import Rank1Layer
 from bayesify.merge import merged
 from bayesify.modes import evaluating
+from bayesify.passes import Passes, around, outside
 from bayesify.predictive import Predictive
-from bayesify.strategy import Strategies, Strategy
 from bayesify.tasks import TaskName, resolve_task
 
 if TYPE_CHECKING:
@@ -51,9 +48,7 @@ class BayesianModel(nn.Module):
             computes with the average of the members' factors.
         config: the options of the conversion; what else a transformers network's own config has is there, too.
         report: what was converted and what was not.
-        draws: the draws in force during a pass.
-        strategies: how members are computed, for each kind of inputs.
-        parting: where B rows become K·B, during a pass.
+        passes: how the network is called: draws, what members share, how many at once.
         task: how outputs are read, `bayesify.tasks`: "classification", "segmentation" (classes in dimension 1),
             "multilabel", "regression" (outputs are averaged), "gaussian" (means and log variances), "members" (no
             mixture is defined, as of sets of objects: a call gives K·B rows in eval mode, too), or None (decided by
@@ -79,9 +74,7 @@ class BayesianModel(nn.Module):
         own = getattr(model, "config", None)
         self.config = NetworkConfig.over(config, own) if hasattr(own, "model_type") else config
         self.report = report
-        self.draws = Draws(model, config)
-        self.strategies = Strategies(model)
-        self.parting = Parting(model)
+        self.passes = Passes(model, self.config, report)
         self.task: TaskName | None = task
         self.expansion: Expansion = "replicate"
         self.kl_weight = 0.0
@@ -129,82 +122,24 @@ class BayesianModel(nn.Module):
 
     # -------------------------------------------------------------------------------------------- calling
 
+    @around
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         """The network's own call; see the class for what comes back."""
         if labels is not None:  # named in the signature because transformers' Trainer looks for labels there
             kwargs["labels"] = labels
-        return self.settled(lambda: self._called(args, kwargs), args, kwargs)
+        if not self.training:
+            return self.settled(partial(self.passes.mixture, args, kwargs, self.task), args, kwargs)
+        partition = self.expansion == "partition"
+        output = self.settled(partial(self.passes.train, args, kwargs, partition), args, kwargs)
+        return self._with_kl(output) if self.kl_weight else output
 
-    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        rows = Rows(self.model)
-        batch = rows.batch_size(args, kwargs)
-        if self.training:
-            return self._trained(rows, args, kwargs, batch)
-        strategy = self._strategy(rows, args, kwargs, batch)
-        count = strategy.members_at_once(self.members, args, kwargs, single=True) if strategy.plain else self.members
-        outputs = [self._pass(rows, args, kwargs, batch, part, None, strategy.cut) for part in self._parts(count)]
-        output = outputs[0] if len(outputs) == 1 else rows.joined(outputs, count * batch)
-        return rows.reduce(output, self.members, batch, self.task)
+    @outside
+    def _with_kl(self, output: Any) -> Any:
+        return add_to_loss(output, self.kl_weight * self.kl())
 
-    def _trained(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> Any:
-        """K·B rows of output, and draws that stay in place: gradient checkpointing runs layers again in backward."""
-        if self.expansion == "partition":
-            if batch % self.members:
-                raise DataError(
-                    f"a batch of {batch} examples cannot be partitioned among {self.members} members; "
-                    f"give a multiple of {self.members}."
-                )
-            batch //= self.members
-            self.parting.end()
-        else:
-            cut = self._strategy(rows, args, kwargs, batch).cut
-            args, kwargs = self.parting.enter(rows, args, kwargs, batch, self.members, cut)
-        random_draws = self.draws.hold(slice(None), batch, seed=_peek_seed())
-        output = self.parting.leave(self.model(*args, **kwargs))
-        if random_draws:
-            torch.randint(2, ())  # move the stream on, so that the next forward draws anew
-        return add_to_loss(output, self.kl_weight * self.kl()) if self.kl_weight else output
-
-    def _pass(
-        self,
-        rows: Rows,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        batch: int,
-        members: slice,
-        seed: Any,
-        cut: Cut | None,
-    ) -> Any:
-        """The output of the network for k members on B examples, of k·B rows."""
-        args, kwargs = self.parting.enter(rows, args, kwargs, batch, members.stop - members.start, cut)
-        try:
-            with self.draws.drawn(members, batch, seed):
-                return self.parting.leave(self.model(*args, **kwargs))
-        finally:
-            self.parting.end()
-
-    def _parts(self, count: int) -> list[slice]:
-        """The members, so many at once."""
-        return [slice(start, min(start + count, self.members)) for start in range(0, self.members, count)]
-
-    def _strategy(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> Strategy:
-        """How members are computed for such inputs. That parting late changes nothing is seen on the first of them."""
-        self.draws.release()
-        strategy = self.strategies.of(args, kwargs)
-        if strategy.cut is None or strategy.verified or self.members == 1:
-            return strategy
-        with evaluating(self), torch.no_grad():
-            early, late = (
-                rows.outputs(self._pass(rows, args, kwargs, batch, slice(0, self.members), None, cut))
-                for cut in (None, strategy.cut)
-            )
-        strategy.verified = True
-        if early.shape != late.shape or not torch.allclose(early, late, *_close(early)):
-            self.report.notes.append(
-                f"members could not part at {strategy.cut.at!r}: the code after it treats rows differently"
-            )
-            strategy.cut = None
-        return strategy
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the network in place, with the arguments of `torch.compile`; draws stay outside of it."""
+        self.model.compile(*args, **kwargs)
 
     def predict(
         self,
@@ -229,33 +164,12 @@ class BayesianModel(nn.Module):
             if value is not None and value < 1:
                 raise DataError(f"{name} must be at least 1; found {value}.")
         kwargs.pop("labels", None)
-        rows = Rows(self.model)
-        batch = rows.batch_size(args, kwargs)
         if samples is not None and seed is None:
             seed = int(torch.randint(2**62, ()))
-        keys = [None] if samples is None else [(seed, sample) for sample in range(samples)]
-        single = samples is None or self.config.noise == "member"
-
-        def call() -> Tensor:
-            strategy = self._strategy(rows, args, kwargs, batch)
-            count = member_chunk or strategy.members_at_once(self.members, args, kwargs, single)
-            parts = self._parts(min(count, self.members))
-            draws = [
-                torch.cat([self._outputs(rows, args, kwargs, batch, part, key, strategy.cut) for part in parts])
-                for key in keys
-            ]
-            return torch.stack(draws, 1)
-
+        call = partial(self.passes.outputs, args, kwargs, samples, seed, member_chunk)
         with evaluating(self), torch.no_grad():
             outputs = self.settled(call, args, kwargs)
         return Predictive.of(outputs, resolve_task(outputs[0, 0], self.task))
-
-    def _outputs(
-        self, rows: Rows, args: Any, kwargs: Any, batch: int, part: slice, key: Any, cut: Cut | None
-    ) -> Tensor:
-        """[k, B, ...] outputs of some members for one draw."""
-        output = rows.outputs(self._pass(rows, args, kwargs, batch, part, key, cut))
-        return output.movedim(rows.input_dim, 0).unflatten(0, (part.stop - part.start, -1))
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **options: Any) -> Generation:
         """Text from the predictive, with the doubt of every token; see `bayesify.generation.generate`."""
@@ -263,46 +177,14 @@ class BayesianModel(nn.Module):
 
         return generate(self, inputs, generation_config, **options)
 
+    @around
     def settled(self, call: Callable[[], T], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> T:
         """Make a call on inputs, and see on them where the batch is in each layer, as far as nothing told before.
 
         That is at the first call after a conversion without inputs, and whenever a layer finds rows that do not fit
         its factors. Layers whose input turns out not to carry the batch lose their factors.
         """
-        if self.report.unsettled:
-            self._settle(args, kwargs or {})
-        try:
-            return call()
-        except RowsError:
-            if not self._settle(args, kwargs or {}):
-                raise
-            return call()
-
-    def _settle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Look for the batch; returns whether anything new was found."""
-        self.draws.release()
-        self.report.unsettled = False
-        known = self.report.batch_dims
-        layers = dict(self.layers())
-        functional = {name: layer.rank1.roles for name, layer in layers.items() if isinstance(layer, Rank1Functional)}
-        look: Any = torch.compiler.disable(observe)  # it runs the network, or a copy of it on shapes alone
-        found = look(self.model, (args, kwargs), layers, functional, values=True)
-        if found is None:
-            return False
-        news = False
-        for name, layer in layers.items():
-            for weight, site in list(layer.rank1.items()):
-                path = site_name(name, weight)
-                if path in found.without:
-                    parameters = sum(parameter.numel() for parameter in site.parameters())
-                    self.report.leave_out(path, found.without[path], parameters)
-                    take_out(layer, weight)
-                    self._forget()
-                    news = True
-                elif found.dims.get(path) and path not in known:
-                    known[path] = site.batch_dim = found.dims[path]  # type: ignore[assignment]
-                    news = True
-        return news
+        return self.passes.settled(call, args, kwargs or {})
 
     # -------------------------------------------------------------------------------------------- objective
 
@@ -313,7 +195,7 @@ class BayesianModel(nn.Module):
         KL of the mixture) or summed ("sum", as the paper's released code). Where it is a Monte Carlo estimate, it draws
         from torch's global generator (`bayesify.distributions.kl_variance` gives its variance).
         """
-        per_member = torch.stack([kl_divergence(factor) for factor, _ in self.draws.joined()]).sum(0)
+        per_member = torch.stack([kl_divergence(factor) for factor, _ in self.passes.draws.joined()]).sum(0)
         return per_member.mean() if self.config.kl_reduction == "mean" else per_member.sum()
 
     # -------------------------------------------------------------------------------------------- ways out
@@ -326,8 +208,8 @@ class BayesianModel(nn.Module):
         """
         if not -self.members <= member < self.members:
             raise BayesifyError(f"member {member} does not exist; there are {self.members} (0 to {self.members - 1}).")
-        self.parting.remove()
-        with self.draws.drawn(slice(None), 1, seed=None):
+        self.passes.parting.remove()
+        with self.passes.draws.drawn(slice(None), 1, seed=None):
             return merged(self.model, member % self.members, tied=bool(self.report.tied))
 
     def fuse(
@@ -365,14 +247,8 @@ class BayesianModel(nn.Module):
         Slow weights keep what training made of them; batch norms of each member's own leave their average statistics.
         """
         restore(list(self.model.modules()))
-        self.parting.remove()
-        self._forget()
+        self.passes.forget()
         return self.model
-
-    def _forget(self) -> None:
-        """What was seen of the network's structure."""
-        self.draws.forget()
-        self.strategies.forget()
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
         """Write the model to a folder; see `bayesify.hub.save_pretrained`."""
@@ -385,21 +261,3 @@ class BayesianModel(nn.Module):
         from bayesify.hub import push_to_hub
 
         return push_to_hub(self, repo_id, **options)
-
-
-def _close(values: Tensor) -> tuple[float, float]:
-    """Relative and absolute tolerance within which two ways to compute the same agree."""
-    epsilon = torch.finfo(values.dtype).eps ** 0.5
-    return epsilon, epsilon * float(values[values.isfinite()].abs().amax()) if values.isfinite().any() else 0.0
-
-
-def _peek_seed() -> tuple[str, int]:
-    """A seed from torch's global CPU generator that leaves the generator as it was.
-
-    So factors at spread zero do not disturb the network's own random numbers (dropout), and still follow
-    `torch.manual_seed`.
-    """
-    state = torch.get_rng_state()
-    seed = int(torch.randint(2**62, ()))
-    torch.set_rng_state(state)
-    return ("train", seed)

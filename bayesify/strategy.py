@@ -61,7 +61,7 @@ class Strategies:
 
     def of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Strategy:
         """The strategy for these inputs; looked for, where such inputs are new, on shapes alone."""
-        if torch.compiler.is_compiling() or not are_plain((args, dict(kwargs))):
+        if not are_plain((args, dict(kwargs))):
             return Strategy()
         kind = (_kind(args), *((name, _kind(value)) for name, value in sorted(kwargs.items())))
         if kind not in self._known:

@@ -84,7 +84,7 @@ def made(name: str, **options: Any) -> tuple[BayesianModel, Any]:
 
 
 def only(bnn: BayesianModel) -> Strategy:
-    (strategy,) = bnn.strategies._known.values()
+    (strategy,) = bnn.passes.strategies._known.values()
     return strategy
 
 
@@ -110,7 +110,7 @@ def test_members_part_late(name: str) -> None:
     _, include, at = CASES[name]
     bnn, inputs = made(name, include=include)
     early = copy.deepcopy(bnn)
-    early.strategies.of = lambda *_: Strategy()  # type: ignore[method-assign]
+    early.passes.strategies.of = lambda *_: Strategy()  # type: ignore[method-assign]
     called: list[int] = []
     trunk = next(m for n, m in bnn.model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
     trunk.register_forward_hook(lambda m, args, out: called.append(len(out)))
@@ -140,7 +140,7 @@ def test_members_part_late_in_training(name: str) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # masks of the shared part are shared, too
     early = copy.deepcopy(bnn)
-    early.strategies.of = lambda *_: Strategy()  # type: ignore[method-assign]
+    early.passes.strategies.of = lambda *_: Strategy()  # type: ignore[method-assign]
     results = []
     for model in (bnn, early):
         model.train()
@@ -192,7 +192,7 @@ def test_copies_part_by_themselves_and_unloading_leaves_nothing() -> None:
         expected = bnn(inputs)
         twin = copy.deepcopy(bnn)
         torch.testing.assert_close(twin(inputs), expected)
-        bnn.parting.remove()
+        bnn.passes.parting.remove()
         torch.testing.assert_close(twin(inputs), expected)
         torch.testing.assert_close(bnn(inputs), expected)
     for network in (bnn.merge(0), bnn.unload()):

@@ -50,7 +50,7 @@ class Networks:
         """Inside, calls of the network (and of its encoder) are those of all networks; afterwards it is as it was."""
         model: Any = self.bnn.model
         self.drawn = False
-        with ExitStack() as stack, self.bnn.draws.drawn(slice(None), 1, seed=None):
+        with ExitStack() as stack, self.bnn.passes.draws.drawn(slice(None), 1, seed=None):
             handles = [
                 model.register_forward_pre_hook(self._enter, with_kwargs=True),
                 model.register_forward_hook(self._leave),
@@ -109,7 +109,7 @@ class Networks:
         factors = [factor for _, _, factor in self.bnn.factors()]
         draws: list[list[Tensor]] = [[] for _ in factors]
         for sample in range(self.samples):
-            self.bnn.draws.hold(slice(None), prompts, seed=(self.seed, sample))
+            self.bnn.passes.draws.hold(slice(None), prompts, seed=(self.seed, sample))
             for held, factor in zip(draws, factors, strict=True):
                 held.append(factor.value().unflatten(0, (self.bnn.members, -1)))
         for held, factor in zip(draws, factors, strict=True):

@@ -72,7 +72,7 @@ def _times(name: str, batch: int, rounds: int) -> Measured | None:
     inputs = network.inputs(batch)
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
     bnn.predict(*args, **kwargs)
-    strategy = bnn.strategies.of(args, kwargs)
+    strategy = bnn.passes.strategies.of(args, kwargs)
     if strategy.workload is None:
         return None
     calls: dict[str, Any] = {
