@@ -15,10 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bayesify.batch import Rows
 from bayesify.errors import ConfigError, ConversionError, DataError, TrainingError
-from bayesify.graph import as_inputs, derive_inputs, norm_pairs
+from bayesify.graph import NormPairs, as_inputs, derive_inputs, norm_pairs
 from bayesify.graph.inputs import Inputs
 from bayesify.layers import Gathering, MemberBatchNorm, Rank1Layer, detach
-from bayesify.merge import absorb_norm, fold, single
+from bayesify.merge import absorb_norm, fold, give_scale, single
 from bayesify.predictive import Predictive
 from bayesify.tasks import TaskName, resolve_task
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from bayesify.model import BayesianModel
 
 Weights = Literal["copies", "shared"]
-Pair = tuple[str, str]
 """The names of a layer and of the batch norm after it."""
 _CACHES = ("use_cache", "use_mems_eval")
 """Options of transformers' networks to return what the next call is to be given."""
@@ -208,27 +207,27 @@ def _copies_fit(source: BayesianModel, samples: int) -> bool:
 
 
 def _networks(
-    source: BayesianModel, keys: list[Any], weights: Weights, pairs: list[Pair], inputs: Inputs | None
+    source: BayesianModel, keys: list[Any], weights: Weights, pairs: NormPairs, inputs: Inputs | None
 ) -> tuple[list[nn.Module], list[str]]:
     """The networks in the order of `FusedModel.networks`, and the batch norms that were merged."""
     by_sample: list[list[nn.Module]] = []
     for key in keys:
         with source.passes.draws.drawn(slice(None), 1, key):
             if not by_sample and pairs and inputs is not None:
-                plain, tried = (_network(source, 0, weights, some, None) for some in ([], pairs))
-                pairs = pairs if _agree(plain, tried, inputs) else []
+                plain, tried = (_network(source, 0, weights, some, None) for some in (NormPairs(), pairs))
+                pairs = pairs if _agree(plain, tried, inputs) else NormPairs()
             first = by_sample[0][0] if by_sample else None
             by_sample.append([])
             for member in range(source.members):
                 network = _network(source, member, weights, pairs, first)
                 first = network if first is None else first
                 by_sample[-1].append(network)
-    merged = [norm for _, norm in pairs if not isinstance(by_sample[0][0].get_submodule(norm), _BatchNorm)]
+    merged = [norm for _, norm in pairs.after if not isinstance(by_sample[0][0].get_submodule(norm), _BatchNorm)]
     return [network for of_member in zip(*by_sample, strict=True) for network in of_member], merged
 
 
 def _network(
-    source: BayesianModel, member: int, weights: Weights, pairs: list[Pair], first: nn.Module | None
+    source: BayesianModel, member: int, weights: Weights, pairs: NormPairs, first: nn.Module | None
 ) -> nn.Module:
     """One member's network. What has neither factors nor norms of a member's own is merged in the `first` one only."""
     network = single(source.model, member, [*source.model.parameters(), *source.model.buffers()])
@@ -241,7 +240,9 @@ def _network(
         for option in _CACHES:
             if hasattr(config, option):
                 setattr(config, option, False)
-    for pair in pairs:
+    for pair in pairs.before:
+        give_scale(network, *pair)
+    for pair in pairs.after:
         layer, norm = map(source.model.get_submodule, pair)
         if isinstance(layer, Rank1Layer):
             absorb_norm(network, *pair)

@@ -196,6 +196,28 @@ def absorb_norm(network: nn.Module, layer_name: str, norm_name: str) -> bool:
     return True
 
 
+@torch.no_grad()
+def give_scale(network: nn.Module, norm_name: str, layer_name: str) -> bool:
+    """Let the layer norm before a dense layer of a single member multiply by its s, in place: s ∘ (γ ∘ x̂ + β).
+
+    Returns:
+        Whether the layer has such a factor; otherwise the network is as it was.
+    """
+    norm, layer = cast(Any, network.get_submodule(norm_name)), network.get_submodule(layer_name)
+    site = layer.rank1["weight"] if isinstance(layer, Rank1Layer) and "weight" in layer.rank1 else None
+    if not isinstance(site, Site) or isinstance(site, AdditiveSite) or site.s is None:
+        return False
+    s = site.s.value()[0]
+    new = copy.deepcopy(norm)
+    for name in ("weight", "bias"):
+        value = getattr(norm, name, None)
+        if value is not None:
+            setattr(new, name, nn.Parameter((value.float() * s.float()).to(value.dtype), requires_grad=False))
+    network.set_submodule(norm_name, new)
+    site.s = None
+    return True
+
+
 def _probe(layer: Any) -> Tensor | None:
     cls = rank1_class(type(layer)) if not isinstance(layer, Rank1Layer) else type(layer)
     x = None if cls is None else cls.probe_input(layer)

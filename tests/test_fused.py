@@ -268,6 +268,40 @@ def test_shared_weights_exist_once() -> None:
     assert not {p.data_ptr() for p in own.values()} & {p.data_ptr() for p in bnn.parameters()}, "apart from the model's"
 
 
+class Normed(nn.Module):
+    """Layer norms before dense layers: handed on by a module, used twice, and read by the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(6, bias=i != 0) for i in range(4))
+        for norm in self.norms:
+            nn.init.uniform_(norm.weight)  # type: ignore[arg-type]
+        self.mlp = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6))
+        self.twice, self.read, self.good = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mlp(self.norms[0](x))
+        y = self.norms[1](x)
+        x = y + self.twice(y)
+        x = self.read(self.norms[2](x)) * self.norms[2].weight
+        return self.good(self.norms[3](x))
+
+
+def test_layer_norms_take_the_factors_of_the_layer_after_them() -> None:
+    bnn = convert(Normed(), members=2)
+    x = (torch.randn(3, 6),)
+    fused = bnn.fuse(weights="shared", example_inputs=x)
+    assert error(predicted(fused, x), predicted(bnn, x)) <= 1e-5
+    network: Any = fused.networks[0]
+    without = [name for name, layer in network.named_modules() if isinstance(layer, Rank1Layer) and _s(layer) is None]
+    assert without == ["mlp.0", "good"]
+    assert not torch.equal(network.norms[0].weight, bnn.model.norms[0].weight)  # type: ignore[index,union-attr]
+
+
+def _s(layer: Any) -> Any:
+    return layer.rank1["weight"].s
+
+
 def test_weights_are_copied_while_there_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     bnn = convert(BY_NAME["mlp"].model())
     x = (torch.randn(2, 5),)

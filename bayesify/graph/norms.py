@@ -1,8 +1,9 @@
-"""Find the batch norms that see the output of one layer and nothing else, and so can become a part of it."""
+"""Find the norms that a layer beside them can take over: what is between the two is used by nothing else."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,28 +12,47 @@ from torch.nn.modules.conv import _ConvNd
 from bayesify.graph.capture import capture
 from bayesify.graph.plan import join
 
-_LEAVES = (_BatchNorm, _ConvNd, nn.Linear, nn.ModuleList, nn.ModuleDict)
-"""Modules whose forward, if they have one, calls no layer with a norm after it."""
+_LEAVES = (_BatchNorm, _ConvNd, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.ModuleDict)
+"""Modules whose forward, if they have one, calls no layer with a norm beside it."""
+Pair = tuple[str, str]
 
 
-def norm_pairs(model: nn.Module, *, checked: bool) -> list[tuple[str, str]]:
-    """(layer, batch norm) names of pairs in which the layer's only use is the norm, whose only input is the layer.
+@dataclass(frozen=True)
+class NormPairs:
+    """Names of layers and norms that are neighbors.
 
-    Every forward is captured by itself, in the mode it is in. A pair is found in its owner's: both are called there,
-    nowhere else, and nobody reads their parameters or parts.
+    Attributes:
+        after: (layer, batch norm): the layer's only use is the norm, whose only input is the layer.
+        before: (layer norm, dense layer), the same the other way around.
+    """
+
+    after: list[Pair] = field(default_factory=list)
+    before: list[Pair] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.after or self.before)
+
+
+def norm_pairs(model: nn.Module, *, checked: bool) -> NormPairs:
+    """All pairs of a network.
+
+    Every forward is captured by itself, in the mode it is in. A pair is found in its owner's, or in those of modules
+    that do nothing else with their input than to hand it on: both are called there, nowhere else, and nobody reads
+    their parameters or parts.
 
     Args:
         checked: whether the result is tried on inputs. Otherwise those are left out that inputs might show to be none:
             pairs inside of a module whose forward could not be captured, and which might reach past its children; and
-            dense layers, whose outputs are not in the norm's dimension if there are positions.
+            dense layers, whose outputs are not in a batch norm's dimension if there are positions.
     """
     modules = dict(model.named_modules())
-    if not any(isinstance(module, _BatchNorm) for module in modules.values()):
-        return []
+    if not any(isinstance(module, (_BatchNorm, nn.LayerNorm)) for module in modules.values()):
+        return NormPairs()
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     used: Counter[str] = Counter()
-    found: list[tuple[str, str]] = []
+    found: list[Pair] = []
     unseen: list[str] = []
+    hands_on: dict[str, str] = {}
     for owner, module in modules.items():
         if isinstance(module, _LEAVES) or ".rank1." in f".{owner}." or next(module.children(), None) is None:
             continue
@@ -44,9 +64,11 @@ def norm_pairs(model: nn.Module, *, checked: bool) -> list[tuple[str, str]]:
             if node.op in ("call_module", "get_attr"):
                 used[join(owner, str(node.target))] += 1
             if node.op == "call_module" and len(node.all_input_nodes) == len(node.args) == 1 and not node.kwargs:
-                source = node.all_input_nodes[0]
-                if source.op == "call_module" and len(source.users) == 1:
-                    found.append((join(owner, str(source.target)), join(owner, str(node.target))))
+                source, name = node.all_input_nodes[0], join(owner, str(node.target))
+                if len(source.users) == 1 and source.op == "call_module":
+                    found.append((join(owner, str(source.target)), name))
+                elif len(source.users) == 1 and source.op == "placeholder":
+                    hands_on[owner] = name
 
     def alone(name: str) -> bool:
         module = modules.get(name)
@@ -60,11 +82,18 @@ def norm_pairs(model: nn.Module, *, checked: bool) -> list[tuple[str, str]]:
             name.startswith(f"{owner}." if owner else "") for owner in unseen
         )
 
-    return [
-        (layer, norm)
-        for layer, norm in found
-        if alone(layer) and alone(norm) and (checked or sure(layer)) and _fit(modules[layer], modules[norm])
+    after = [
+        (a, b) for a, b in found if alone(a) and alone(b) and (checked or sure(a)) and _fit(modules[a], modules[b])
     ]
+    before = []
+    for norm, name in found if checked else ():
+        passed = [name]
+        while passed[-1] in hands_on:
+            passed.append(hands_on[passed[-1]])
+        once = all(used[p] == 1 and p in modules and names[id(modules[p])] == 1 for p in passed)
+        if once and alone(norm) and alone(passed[-1]) and _scales(modules[norm], modules[passed[-1]]):
+            before.append((norm, passed[-1]))
+    return NormPairs(after, before)
 
 
 def _fit(layer: nn.Module, norm: nn.Module) -> bool:
@@ -73,3 +102,13 @@ def _fit(layer: nn.Module, norm: nn.Module) -> bool:
         return False
     outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     return outputs == norm.num_features
+
+
+def _scales(norm: nn.Module, layer: nn.Module) -> bool:
+    """A layer norm over the inputs of a dense layer that multiplies them by a vector of its own."""
+    return (
+        isinstance(norm, nn.LayerNorm)
+        and isinstance(norm.weight, nn.Parameter)
+        and isinstance(layer, nn.Linear)
+        and tuple(norm.normalized_shape) == (layer.in_features,)
+    )
