@@ -24,6 +24,7 @@ class Work:
         weight: elements of its weights.
         inputs, outputs: elements for one example, over all calls.
         products: multiplications of its linear maps for one example.
+        factors: whether it has any.
     """
 
     calls: int
@@ -31,6 +32,7 @@ class Work:
     inputs: float
     outputs: float
     products: float
+    factors: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,18 +61,17 @@ class Costs:
         """Whether multiplying a weight costs less than multiplying what the layer gets and gives (elements)."""
         return self.fold * weight < self.multiply * activations
 
-    def of_layer(self, work: Work, rows: float, single: bool, factors: bool) -> float:
+    def of_layer(self, work: Work, rows: float, single: bool) -> float:
         """Seconds of a layer for as many rows.
 
         Args:
             single: whether all rows share one draw, which may then be folded into the weight.
-            factors: whether the layer has any.
         """
         activations = (work.inputs + work.outputs) * rows
         seconds = self.call * work.calls + max(self.product * work.products * rows, self.weight * work.weight)
         if 4 * work.outputs * rows / max(work.calls, 1) > self.kept_bytes:
             seconds += self.fresh * work.outputs * rows
-        if factors:
+        if work.factors:
             folded = single and self.folds(work.weight, activations)
             seconds += self.fold * work.weight if folded else self.multiply * activations
         return seconds
@@ -102,8 +103,8 @@ class Workload:
             single: whether the rows of one member share a draw.
         """
         c, alone = machine or costs(), single and at_once == 1
-        own = sum(c.of_layer(work, at_once * examples, alone, True) for work in self.sites.values())
-        shared = sum(c.of_layer(work, examples, False, False) for work in self.shared.values())
+        own = sum(c.of_layer(work, at_once * examples, alone) for work in self.sites.values())
+        shared = sum(c.of_layer(work, examples, False) for work in self.shared.values())
         return members / at_once * (own + shared)
 
     def members_at_once(self, members: int, examples: float, single: bool) -> int:

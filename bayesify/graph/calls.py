@@ -94,7 +94,8 @@ def _width(layer: nn.Module) -> int:
 def _work(layer: nn.Module, width: int, calls: list[Call], batch: int) -> Work:
     weight = sum(p.numel() for n, p in layer.named_parameters() if p.dim() > 1 and not f".{n}".startswith(".rank1."))
     inputs, outputs = sum(call.inputs for call in calls) / batch, sum(call.outputs for call in calls) / batch
-    return Work(len(calls), weight, inputs, outputs, outputs / width * weight)
+    products = 0.0 if isinstance(layer, nn.Embedding) else outputs / width * weight  # a lookup multiplies nothing
+    return Work(len(calls), weight, inputs, outputs, products, isinstance(layer, Rank1Layer))
 
 
 def _elements(value: Any) -> int:

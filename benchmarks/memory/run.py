@@ -8,7 +8,6 @@ Every contender runs in a process of its own. A row that was measured before is 
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import sys
 from enum import Enum
@@ -26,7 +25,7 @@ from rich.console import Console
 from benchmarks.memory.peak import peak_of
 from benchmarks.rows import Row, in_fresh_process, measured, reason, show
 from benchmarks.speed.contenders import INFERENCE, PLAIN_STEP, TRAINING, Contender, baseline_of, ours
-from benchmarks.speed.networks import jobs_of
+from benchmarks.speed.networks import fits, jobs_of
 
 
 class What(str, Enum):
@@ -68,7 +67,7 @@ def _measured(what: What, members: int, pattern: str, name: str, batch: int) -> 
     baseline = next(iter(CONTENDERS[what]))
     results, failed = {}, {}
     for contender in CONTENDERS[what]:
-        if contender not in (baseline, PLAIN_STEP) and not fnmatch.fnmatch(contender, pattern):
+        if contender not in (baseline, PLAIN_STEP) and not fits(contender, pattern):
             continue
         try:
             results[contender] = in_fresh_process(_peak, what, contender, name, batch, members)

@@ -29,6 +29,36 @@ def floor(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
     return _no_grad(lambda: [network.call(base, inputs) for _ in range(members)])
 
 
+def floor_at_once(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
+    """One deterministic forward of all K·B rows."""
+    repeated = _repeat(inputs, members)
+    return _no_grad(lambda: network.call(base, repeated))
+
+
+def floor_folded(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
+    """K deterministic forwards of a network whose batch norms are folded into its convolutions."""
+    folded = _folded(base)
+    return _no_grad(lambda: [network.call(folded, inputs) for _ in range(members)])
+
+
+def _folded(base: nn.Module) -> nn.Module:
+    from torch.fx.experimental.optimization import fuse
+
+    if not any(isinstance(module, nn.BatchNorm2d) for module in base.modules()):
+        raise ValueError("there are no batch norms")
+    return fuse(base)
+
+
+def floor_compiled(folded: bool) -> Contender:
+    """K deterministic forwards of one compiled network."""
+
+    def contender(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
+        model: Any = torch.compile(_folded(base) if folded else copy.deepcopy(base))
+        return _no_grad(lambda: [network.call(model, inputs) for _ in range(members)])
+
+    return contender
+
+
 def deep_ensemble(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
     """K plain copies, one after the other."""
     copies = [copy.deepcopy(base) for _ in range(members)]
@@ -68,6 +98,63 @@ def ours(member_chunk: int | None = None) -> Contender:
     return contender
 
 
+def ours_compiled(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
+    """The posterior mean of K members with the network compiled."""
+    bnn = bayesify(copy.deepcopy(base), members=members, task="classification").eval()
+    bnn.compile()
+    return _no_grad(lambda: network.call(bnn, inputs))
+
+
+def fused(compile: bool) -> Contender:
+    """The posterior mean of K members with their factors folded."""
+
+    def contender(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
+        bnn = bayesify(copy.deepcopy(base), members=members, task="classification").eval()
+        module = bnn.fuse(example_inputs=inputs)
+        for one in module.networks if compile else ():
+            one.compile()
+        return _no_grad(lambda: network.call(module, inputs))
+
+    return contender
+
+
+# ------------------------------------------------------------------------------------------------ parting late
+
+
+def late(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
+    """The posterior mean of K members that differ from the last stage on."""
+    bnn = bayesify(copy.deepcopy(base), members=members, include=network.late, task="classification").eval()
+    return lambda: bnn.predict(inputs)
+
+
+class _TrunkEndsError(Exception):
+    """With what the last stage gets."""
+
+
+def _end(_: nn.Module, args: Any) -> None:
+    raise _TrunkEndsError(args[0])
+
+
+def trunk_and_tails(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
+    """What comes before the last stage once, and the rest K times."""
+    stage, seen = base.get_submodule(network.late[0]), []
+    with torch.no_grad(), stage.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+        whole = network.call(base, inputs)
+    if network.tail is None or not torch.allclose(network.tail(base, seen[0]), whole, atol=1e-5):
+        raise ValueError("the tail does not give what the network gives")
+    tail = network.tail
+
+    def call() -> object:
+        with stage.register_forward_pre_hook(_end):
+            try:
+                network.call(base, inputs)
+            except _TrunkEndsError as end:
+                (x,) = end.args
+        return [tail(base, x) for _ in range(members)]
+
+    return _no_grad(call)
+
+
 def bayesian_torch(kind: str) -> Contender:
     """K samples of a mean-field network."""
 
@@ -88,12 +175,30 @@ def torch_uncertainty(network: Network, base: nn.Module, inputs: Any, members: i
 
 INFERENCE: dict[str, Contender] = {
     "floor": floor,
+    "floor, K·B rows": floor_at_once,
+    "floor, norms folded": floor_folded,
     "bayesify": ours(),
+    "bayesify, one member at a time": ours(member_chunk=1),
+    "bayesify, fused": fused(compile=False),
     "deep ensemble": deep_ensemble,
     "vmap": vmap,
     "bayesian-torch reparameterization": bayesian_torch("Reparameterization"),
     "bayesian-torch flipout": bayesian_torch("Flipout"),
     "torch-uncertainty BatchEnsemble": torch_uncertainty,
+}
+
+COMPILED: dict[str, Contender] = {
+    "floor, compiled": floor_compiled(folded=False),
+    "floor": floor,
+    "floor, norms folded, compiled": floor_compiled(folded=True),
+    "bayesify, compiled": ours_compiled,
+    "bayesify, fused, compiled": fused(compile=True),
+}
+LATE: dict[str, Contender] = {
+    "floor": floor,
+    "trunk once, K tails": trunk_and_tails,
+    "bayesify": late,
+    "deep ensemble": deep_ensemble,
 }
 
 

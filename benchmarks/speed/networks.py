@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,13 +26,17 @@ class Network:
         build: makes it, with random weights.
         inputs: number of examples -> keyword inputs, or a single tensor.
         classes: of its outputs, which are logits with the classes last.
+        late: its last stage and head, as patterns of sites.
+        tail: what of a call is after the input of the last stage.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[int], Any]
     classes: int
+    late: tuple[str, ...] = ()
+    tail: Callable[[nn.Module, Tensor], Tensor] | None = None
 
-    def call(self, model: nn.Module, inputs: Any) -> Tensor:
+    def call(self, model: Callable[..., Any], inputs: Any) -> Tensor:
         """The logits."""
         output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
         return output if isinstance(output, Tensor) else output.logits
@@ -86,17 +91,30 @@ def _tokens(vocabulary: int, length: int) -> Callable[[int], dict[str, Tensor]]:
     return lambda batch: {"input_ids": torch.randint(vocabulary, (batch, length))}
 
 
+def _resnet_tail(model: Any, x: Tensor) -> Tensor:
+    return model.forward_head(model.layer4(x))
+
+
+def _convnext_tail(model: Any, x: Tensor) -> Tensor:
+    return model.forward_head(model.norm_pre(model.stages[-1](x)))
+
+
 NETWORKS = {
-    "resnet50": Network(_timm("resnet50"), _images(224), 1000),
+    "resnet50": Network(_timm("resnet50"), _images(224), 1000, ("layer4", "fc"), _resnet_tail),
     "wrn28_10": Network(_wide_resnet, _images(32), 10),
     "vit_small": Network(_timm("vit_small_patch16_224"), _images(224), 1000),
-    "convnext_tiny": Network(_timm("convnext_tiny"), _images(224), 1000),
+    "convnext_tiny": Network(_timm("convnext_tiny"), _images(224), 1000, ("stages.3", "head"), _convnext_tail),
     "minilm": Network(_minilm, _tokens(30_522, QUERY), 150),
     "lstm": Network(Recurrent, lambda batch: torch.randn(batch, STEPS, 76), 2),
     "llama": Network(_llama, _tokens(VOCABULARY, PROMPT), VOCABULARY),
 }
 
 
+def fits(name: str, patterns: str) -> bool:
+    """Whether a name fits one of the globs between commas; names in them may hold commas with a space after."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in re.split(r",(?! )", patterns))
+
+
 def jobs_of(only: str, batches: str) -> list[tuple[str, int]]:
-    """(name of a network, number of examples) for the names that fit a glob, and numbers between commas."""
-    return [(name, int(batch)) for name in NETWORKS if fnmatch.fnmatch(name, only) for batch in batches.split(",")]
+    """(name of a network, number of examples) for the names that fit globs, and numbers between commas."""
+    return [(name, int(batch)) for name in NETWORKS if fits(name, only) for batch in batches.split(",")]

@@ -8,9 +8,9 @@ goes on; `--redo` measures anew.
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import sys
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,18 @@ import typer
 from rich.console import Console
 
 from benchmarks.rows import Row, measured, show
-from benchmarks.speed.contenders import DECODING, INFERENCE, PLAIN_STEP, TRAINING, Contender, baseline_of, ready
-from benchmarks.speed.networks import NETWORKS, jobs_of
+from benchmarks.speed.contenders import (
+    COMPILED,
+    DECODING,
+    INFERENCE,
+    LATE,
+    PLAIN_STEP,
+    TRAINING,
+    Contender,
+    baseline_of,
+    ready,
+)
+from benchmarks.speed.networks import NETWORKS, fits, jobs_of
 from benchmarks.speed.timing import alternate
 
 
@@ -33,46 +43,62 @@ class What(str, Enum):
     """What is timed."""
 
     inference = "inference"
+    compiled = "compiled"
+    late = "late"
     training = "training"
     decoding = "decoding"
 
 
-CONTENDERS: dict[What, dict[str, Contender]] = {
-    What.inference: INFERENCE,
-    What.training: TRAINING,
-    What.decoding: DECODING,
+@dataclass(frozen=True)
+class Suite:
+    """What is timed with how many members, on which networks. The first contender is the baseline."""
+
+    contenders: dict[str, Contender]
+    members: int
+    networks: str = "*"
+    batches: str = "1,8,32"
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.contenders))
+
+
+SUITES = {
+    What.inference: Suite(INFERENCE, 4),
+    What.compiled: Suite(COMPILED, 4, "resnet50,vit_small,minilm", "1,8"),
+    What.late: Suite(LATE, 8, ",".join(name for name, network in NETWORKS.items() if network.late), "1,8"),
+    What.training: Suite(TRAINING, 4, batches="8"),
+    What.decoding: Suite(DECODING, 8, "llama", "1"),
 }
-MEMBERS = {What.inference: 4, What.training: 4, What.decoding: 8}
 
 
 def main(
     what: Annotated[What, typer.Argument()],
     output: Annotated[Path, typer.Option(help="Where rows and tables go.")] = Path("runs/speed"),
-    only: Annotated[str, typer.Option(help="A glob of networks.")] = "*",
-    batches: Annotated[str, typer.Option(help="Numbers of examples.")] = "1,8,32",
-    contenders: Annotated[str, typer.Option(help="A glob of contenders beside the baseline.")] = "*",
-    rounds: Annotated[int, typer.Option(min=2, help="Times that each contender is timed.")] = 7,
+    only: Annotated[str | None, typer.Option(help="Globs of networks, between commas.")] = None,
+    batches: Annotated[str | None, typer.Option(help="Numbers of examples, between commas.")] = None,
+    contenders: Annotated[str, typer.Option(help="Globs of contenders beside the baseline, between commas.")] = "*",
+    rounds: Annotated[int, typer.Option(min=3, help="Times that each contender is timed.")] = 7,
+    seconds: Annotated[float, typer.Option(help="A row gets no more rounds after this, but three.")] = 300.0,
     redo: Annotated[bool, typer.Option("--redo", help="Measure again what was measured before.")] = False,
 ) -> None:
     """Measure and print the ratios to the baseline: K deterministic forwards, or one step of the plain network."""
     console = Console()
-    jobs = jobs_of("llama", "1") if what is What.decoding else jobs_of(only, batches)
-    measure = partial(_measured, what, pattern=contenders, rounds=rounds)
+    suite = SUITES[what]
+    jobs = [job for job in jobs_of(suite.networks, batches or suite.batches) if fits(job[0], only or "*")]
+    measure = partial(_measured, suite, pattern=contenders, rounds=rounds, seconds=seconds)
     rows = measured(output / f"{what.value}.json", jobs, measure, redo, console)
-    baseline = next(iter(CONTENDERS[what]))
-    title = f"{what.value}, {MEMBERS[what]} members, time over {baseline}"
-    show(output / f"{what.value}.md", title, *_cells(rows, baseline), console)
+    title = f"{what.value}, {suite.members} members, time over {suite.baseline}"
+    show(output / f"{what.value}.md", title, *_cells(rows, suite.baseline), console)
 
 
-def _measured(what: What, name: str, batch: int, pattern: str, rounds: int) -> Row:
-    available = CONTENDERS[what]
-    baseline = next(iter(available))
-    chosen = {n: c for n, c in available.items() if n in (baseline, PLAIN_STEP) or fnmatch.fnmatch(n, pattern)}
-    members = MEMBERS[what]
+def _measured(suite: Suite, name: str, batch: int, pattern: str, rounds: int, seconds: float) -> Row:
+    baseline, members = suite.baseline, suite.members
+    chosen = {n: c for n, c in suite.contenders.items() if n in (baseline, PLAIN_STEP) or fits(n, pattern)}
     calls, failed = ready(chosen, NETWORKS[name], batch, members)
     if baseline in failed:
         raise RuntimeError(f"the baseline does not run on {name}: {failed[baseline]}")
-    timings = alternate(calls, rounds)
+    timings = alternate(calls, rounds, seconds)
     results = {}
     for contender, timing in timings.items():
         other = baseline_of(contender, baseline)
@@ -82,7 +108,7 @@ def _measured(what: What, name: str, batch: int, pattern: str, rounds: int) -> R
         "network": name,
         "batch": batch,
         "members": members,
-        "rounds": rounds,
+        "rounds": len(timings[baseline].seconds),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "baseline": baseline,

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 SHORT = 0.02
 """Seconds; a call that takes less is repeated to reach it, within one timing."""
 
+LEAST = 3
+"""Rounds, whatever they take."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -30,16 +33,27 @@ class Timing:
         return middle, low, high
 
 
-def alternate(calls: Mapping[str, Callable[[], object]], rounds: int, seed: int = 0) -> dict[str, Timing]:
-    """Time every call once a round."""
+def alternate(
+    calls: Mapping[str, Callable[[], object]], rounds: int, seconds: float = math.inf, seed: int = 0
+) -> dict[str, Timing]:
+    """Time every call once a round, right after the same call untimed, which brings its data into the caches.
+
+    Args:
+        rounds: at most so many,
+        seconds: and none that begins later than this, but three at least.
+    """
     repeats = {name: _repeats(call) for name, call in calls.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    taken: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(seed).shuffle
-    for _ in range(rounds):
+    began = time.perf_counter()
+    for done in range(rounds):
+        if done >= LEAST and time.perf_counter() - began > seconds:
+            break
         shuffle(order)
         for name in order:
-            seconds[name].append(_timed(calls[name], repeats[name]))
-    return {name: Timing(values) for name, values in seconds.items()}
+            calls[name]()
+            taken[name].append(_timed(calls[name], repeats[name]))
+    return {name: Timing(values) for name, values in taken.items()}
 
 
 def _repeats(call: Callable[[], object]) -> int:
