@@ -112,7 +112,10 @@ class Rank1Config:
         member_batch_norm: give every member scale, shift and running statistics of its own in each batch norm.
         kl_reduction: "mean" over members bounds the KL of the mixture by convexity; "sum" is what the released
             code of the paper did.
-        include: patterns of site names to convert; empty means all. A pattern is a full dotted name, which
+        sites: where factors begin: everywhere ("all"), with the last of the network's stages ("last-stage"), after its
+            stages ("head"), or with the module of that name; what is defined before has none, and is computed once for
+            all members.
+        include: patterns of site names to convert, of those; empty means all. A pattern is a full dotted name, which
             also selects everything beneath it, or a glob such as ``layer4.*.conv2``. They select the batch norms of
             member_batch_norm, too.
         exclude: patterns of site names to leave alone.
@@ -138,6 +141,7 @@ class Rank1Config:
     member_bias: bool = False
     member_batch_norm: bool = False
     kl_reduction: ReductionName = "mean"
+    sites: str = "all"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
@@ -145,6 +149,8 @@ class Rank1Config:
         for name in ("include", "exclude"):
             value = getattr(self, name)
             object.__setattr__(self, name, as_names(name, getattr(self, name)))
+        if not isinstance(self.sites, str) or not self.sites:
+            raise ConfigError(f"sites must be 'all', 'last-stage', 'head' or a module's name; found {self.sites!r}.")
         check_choices(self, _CHOICES)
         check_flags(self, "embeddings", "member_bias", "member_batch_norm")
         if isinstance(self.members, bool) or not isinstance(self.members, int) or self.members < 1:

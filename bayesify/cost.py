@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -107,7 +107,16 @@ class Workload:
         shared = sum(c.of_layer(work, examples, False) for work in self.shared.values())
         return members / at_once * (own + shared)
 
+    def plain_seconds(self, examples: float) -> float:
+        """Of one forward pass of the network without factors."""
+        layers = (replace(work, factors=False) for work in (*self.sites.values(), *self.shared.values()))
+        return sum(costs().of_layer(work, examples, False) for work in layers)
+
     def members_at_once(self, members: int, examples: float, single: bool) -> int:
         """How many members to compute at once."""
-        choices = [count for count in range(members, 0, -1) if members % count == 0]
-        return min(choices, key=lambda count: self.seconds(members, count, examples, single))
+        return min(divisors(members), key=lambda count: self.seconds(members, count, examples, single))
+
+
+def divisors(members: int) -> list[int]:
+    """Numbers of members that can be computed at once, the largest first."""
+    return [count for count in range(members, 0, -1) if members % count == 0]

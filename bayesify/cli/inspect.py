@@ -28,6 +28,18 @@ def inspect(
             show_default=False,
         ),
     ] = False,
+    cost: Annotated[
+        bool,
+        typer.Option(
+            "--cost",
+            help="What a prediction is expected to cost, layer by layer, and why members are computed as they are.",
+            show_default=False,
+        ),
+    ] = False,
+    first_site: Annotated[
+        bool,
+        typer.Option("--first-site", help="The same for factors that begin at each stage.", show_default=False),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.", show_default=False)] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -35,31 +47,44 @@ def inspect(
     from rich.console import Console
 
     import bayesify
+    from bayesify.cost_report import cost_report, first_site_report
     from bayesify.graph import derive_inputs
     from bayesify.hub import load_model
 
+    if as_json:
+        refuse(ctx, ["cost", "first_site"], "these tables are not part of the JSON report.")
     network, _ = load_model(
         model, num_labels=num_labels, pretrained=not no_pretrained, trust_remote_code=trust_remote_code
     )
-    if isinstance(network, bayesify.BayesianModel):
-        names = [*field_names(Rank1Config), "num_labels", "no_pretrained", "check"]
+    converted = isinstance(network, bayesify.BayesianModel)
+    if converted:
+        names = [*field_names(Rank1Config), "num_labels", "no_pretrained", "check", "first_site"]
         refuse(ctx, names, f"{model} is already converted, with options of its own.")
+    inputs = derive_inputs(network.model if converted else network) if check or cost or first_site else None
+    if inputs is None and (check or cost or first_site):
+        raise ConversionError(
+            f"{type(network).__name__}: no example inputs could be derived; give them in Python: "
+            "bayesify(model, example_inputs=...), bayesify.cost_report."
+        )
+    tables: list[object] = []
+    if converted:
         report = network.report
-    elif check:
-        inputs = derive_inputs(network)
-        if inputs is None:
-            raise ConversionError(
-                f"{type(network).__name__}: no example inputs could be derived; "
-                "check it in Python with bayesify(model, example_inputs=...)."
-            )
-        args, kwargs = inputs
-        report = bayesify.bayesify(network, rank1, example_inputs=kwargs or args).report
+        if cost and inputs is not None:
+            tables.append(cost_report(network, inputs))
     else:
+        if first_site and inputs is not None:
+            tables.append(first_site_report(network, rank1, inputs))
         report = bayesify.inspect(network, rank1)
+        if inputs is not None and (check or cost):
+            args, kwargs = inputs
+            bnn = bayesify.bayesify(network, rank1, example_inputs=(kwargs or args) if check else None)
+            report = bnn.report
+            if cost:
+                tables.insert(0, cost_report(bnn, inputs))
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
         return
-    Console().print(report)
+    Console().print(report, *tables)
     if check:
         typer.echo(
             "Checked: with factors that change nothing every member reproduces the network, and every site is reached."

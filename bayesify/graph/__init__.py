@@ -22,3 +22,4 @@ from bayesify.graph.shapes import is_quantized as is_quantized
 from bayesify.graph.shapes import on_shapes as on_shapes
 from bayesify.graph.sites import find_sites as find_sites
 from bayesify.graph.source import forward_names as forward_names
+from bayesify.graph.stages import stages as stages

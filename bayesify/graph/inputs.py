@@ -21,6 +21,14 @@ def as_inputs(example_inputs: Any) -> Inputs:
     return (example_inputs,), {}
 
 
+def sizes_of(inputs: Inputs) -> str:
+    """Inputs in words: their names and shapes."""
+    named = [*((f"input {place}", value) for place, value in enumerate(inputs[0])), *inputs[1].items()]
+    return (
+        ", ".join(f"{name} {list(value.shape)}" for name, value in named if isinstance(value, Tensor)) or "no tensors"
+    )
+
+
 def derive_inputs(model: nn.Module, batch: int = 2) -> Inputs | None:
     """Two examples of the right shape for a timm or transformers model; `None` for any other."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)

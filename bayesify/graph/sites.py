@@ -18,6 +18,7 @@ from bayesify.graph.inputs import Inputs, derive_inputs
 from bayesify.graph.layout import CONSTANT, known_dims, may_be_elsewhere, observe
 from bayesify.graph.plan import Plan, join, site_name
 from bayesify.graph.source import forward_names, layers_read
+from bayesify.graph.stages import chosen_from
 from bayesify.graph.uses import Uses
 from bayesify.layers import FUSED, Gathering, Unfused, hands_tokens_on, is_exact, is_linear, rank1_class
 
@@ -26,8 +27,9 @@ def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = No
     """Plan the conversion of a model.
 
     Raises:
-        ConversionError: no layer can be converted, or a pattern of `include` / `exclude` matches nothing.
+        ConversionError: no layer can be converted, or a pattern of `include` / `exclude` or `sites` matches nothing.
     """
+    chosen = chosen_from(model, config.sites)
     plan = Plan()
     _collect_layers(model, plan, config)
     if config.member_batch_norm:
@@ -36,7 +38,7 @@ def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = No
     _read_graphs(model, plan, inputs)
     candidates = [*(before | dict.fromkeys(plan.sites()))]
     _check_linear(plan)
-    _apply_patterns(plan, config, candidates)
+    _apply_patterns(plan, config, candidates, chosen)
     _settle_attention(model, plan)
     _settle_surroundings(model, plan)
     if not plan.layers:
@@ -171,7 +173,7 @@ def _check_linear(plan: Plan) -> None:
             plan.skip(name, f"{type(layer).__name__} is not linear in its input plus its bias")
 
 
-def _apply_patterns(plan: Plan, config: Rank1Config, candidates: list[str]) -> None:
+def _apply_patterns(plan: Plan, config: Rank1Config, candidates: list[str], chosen: Callable[[str], bool]) -> None:
     for pattern in (*config.include, *config.exclude):
         if not any(matches(name, pattern) for name in candidates):
             near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.0)
@@ -181,16 +183,18 @@ def _apply_patterns(plan: Plan, config: Rank1Config, candidates: list[str]) -> N
             )
     for name in list(plan.layers):
         for weight in list(plan.functional.get(name, ["weight"])):
-            reason = _left_out(site_name(name, weight), config)
+            reason = _left_out(site_name(name, weight), config, chosen)
             if reason is not None:
                 plan.drop(name, weight, reason)
     for name in list(plan.norms):
-        if _left_out(name, config) is not None:
+        if _left_out(name, config, chosen) is not None:
             del plan.norms[name]
 
 
-def _left_out(name: str, config: Rank1Config) -> str | None:
+def _left_out(name: str, config: Rank1Config, chosen: Callable[[str], bool]) -> str | None:
     """Why the user does not want this site, if so."""
+    if not chosen(name):
+        return f"not selected by sites={config.sites!r}"
     if config.include and not any(matches(name, pattern) for pattern in config.include):
         return "not selected by include"
     pattern = next((p for p in config.exclude if matches(name, p)), None)

@@ -138,6 +138,14 @@ def test_inspect_checks(bert):
     assert "Checked:" in result.output
 
 
+def test_inspect_shows_costs_and_what_a_first_site_changes():
+    result = run("inspect", "test_resnet", "--no-pretrained", "--sites", "last-stage", "--cost", "--first-site")
+    assert "once for all members" in result.stdout
+    assert "layer4" in result.stdout
+    with pytest.raises(ConfigError, match="--cost"):
+        run("inspect", "test_resnet", "--no-pretrained", "--cost", "--json")
+
+
 def test_inspect_without_weights():
     result = run("inspect", "test_resnet", "--no-pretrained", "--members", 2, "--num-labels", 3)
     assert result.exit_code == 0
