@@ -22,6 +22,7 @@ from bayesify.errors import ConfigError, ConversionError
 from bayesify.graph import stages
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+T5_SIZES = {"num_layers": 3, "d_model": 16, "d_ff": 24, "num_heads": 2, "d_kv": 8}
 VIT = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 3, "num_heads": 2}
 
 BUILD: dict[str, tuple[Callable[[], nn.Module], str, set[str]]] = {
@@ -35,9 +36,7 @@ BUILD: dict[str, tuple[Callable[[], nn.Module], str, set[str]]] = {
     ),
     "llama": (lambda: LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=50)), "model.layers.2", {"lm_head"}),
     "t5": (
-        lambda: T5ForConditionalGeneration(
-            T5Config(num_layers=3, d_model=16, d_ff=24, num_heads=2, d_kv=8, vocab_size=50)
-        ),
+        lambda: T5ForConditionalGeneration(T5Config(**T5_SIZES, vocab_size=50)),
         "decoder.block.2",
         {"lm_head"},
     ),
