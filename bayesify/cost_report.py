@@ -126,11 +126,18 @@ def cost_report(bnn: BayesianModel, inputs: Inputs) -> CostReport:
 
 
 def first_site_report(model: nn.Module, config: Rank1Config, inputs: Inputs) -> FirstSiteReport:
-    """What it would cost to begin with factors at each stage of a network, which is as it was afterwards."""
+    """What it would cost to begin with factors at each stage of a network, which is as it was afterwards.
+
+    Raises:
+        ConversionError: as for `cost_report`; or there is no layer to convert at all.
+    """
     rows = []
     values = {field: value for field, value in config.non_defaults().items() if field != "sites"}
     for sites in ("all", *stages(model), "head"):
-        bnn = bayesify(model, Rank1Config(**values, sites=sites))
+        try:
+            bnn = bayesify(model, Rank1Config(**values, sites=sites))
+        except ConversionError:
+            continue  # from there on nothing can have factors
         try:
             report = cost_report(bnn, inputs)
             added = sum(parameter.numel() for _, _, factor in bnn.factors() for parameter in factor.parameters())
@@ -138,6 +145,8 @@ def first_site_report(model: nn.Module, config: Rank1Config, inputs: Inputs) -> 
             bnn.unload()
         milliseconds = report.totals[report.at_once]
         rows.append(FirstSite(sites, report.parted, added, milliseconds, milliseconds / report.plain))
+    if not rows:
+        raise ConversionError(f"found no layer to convert in {type(model).__name__}, whatever the first site.")
     return FirstSiteReport(sizes_of(inputs), config.members, rows)
 
 

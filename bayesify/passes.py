@@ -105,8 +105,8 @@ class Passes:
     @around
     def _pass(self, run: _Run, members: slice, seed: Any) -> Any:
         """The output of the network for k members on B examples, of k·B rows."""
-        args, kwargs = self._enter(run, members, seed)
         try:
+            args, kwargs = self._enter(run, members, seed)
             return self._leave(self._network(args, kwargs))
         finally:
             self._end()
