@@ -67,14 +67,18 @@ class Costs:
         Args:
             single: whether all rows share one draw, which may then be folded into the weight.
         """
-        activations = (work.inputs + work.outputs) * rows
         seconds = self.call * work.calls + max(self.product * work.products * rows, self.weight * work.weight)
         if 4 * work.outputs * rows / max(work.calls, 1) > self.kept_bytes:
             seconds += self.fresh * work.outputs * rows
-        if work.factors:
-            folded = single and self.folds(work.weight, activations)
-            seconds += self.fold * work.weight if folded else self.multiply * activations
+        if self.folded(work, rows, single):
+            seconds += self.fold * work.weight
+        elif work.factors:
+            seconds += self.multiply * (work.inputs + work.outputs) * rows
         return seconds
+
+    def folded(self, work: Work, rows: float, single: bool) -> bool:
+        """Whether a layer's factors go into its weight."""
+        return work.factors and single and self.folds(work.weight, (work.inputs + work.outputs) * rows)
 
 
 @cache

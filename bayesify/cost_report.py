@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -111,8 +111,9 @@ def cost_report(bnn: BayesianModel, inputs: Inputs) -> CostReport:
     for name, work in load.sites.items():
         rows, single = at_once * examples, at_once == 1
         seconds = costs().of_layer(work, rows, single)
-        fold = single and costs().folds(work.weight, (work.inputs + work.outputs) * rows)
-        way = ("folded into the weight" if fold else "multiplied with activations") if work.factors else "none"
+        way = "multiplied with activations" if work.factors else "none"
+        if costs().folded(work, rows, single):
+            way = "folded into the weight"
         layers.append(LayerCost(name, 1e3 * seconds, way))
     return CostReport(
         sizes_of(inputs),
@@ -132,10 +133,9 @@ def first_site_report(model: nn.Module, config: Rank1Config, inputs: Inputs) -> 
         ConversionError: as for `cost_report`; or there is no layer to convert at all.
     """
     rows = []
-    values = {field: value for field, value in config.non_defaults().items() if field != "sites"}
     for sites in ("all", *stages(model), "head"):
         try:
-            bnn = bayesify(model, Rank1Config(**values, sites=sites))
+            bnn = bayesify(model, replace(config, sites=sites))
         except ConversionError:
             continue  # from there on nothing can have factors
         try:

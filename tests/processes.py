@@ -37,6 +37,8 @@ def _call_in_two_processes(function: Callable[[Path], Any], folder: Path) -> Non
         f"import sys, torch\nsys.path[:0] = {[str(file.parent), str(Path(__file__).parent)]!r}\n"
         "torch.set_num_threads(1)\nfrom pathlib import Path\n"
         f"from {file.stem} import {function.__name__}\n{function.__name__}(Path({str(folder)!r}))\n"
+        # A group that is left open may abort a process at its end.
+        "if torch.distributed.is_initialized():\n    torch.distributed.destroy_process_group()\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     command = [sys.executable, *two_processes(), str(script)]
