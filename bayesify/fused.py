@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from bayesify.model import BayesianModel
 
 Weights = Literal["copies", "shared"]
-"""The names of a layer and of the batch norm after it."""
 _CACHES = ("use_cache", "use_mems_eval")
 """Options of transformers' networks to return what the next call is to be given."""
 _TOLERANCE = 1e-4
