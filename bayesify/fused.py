@@ -209,6 +209,8 @@ def _networks(
     source: BayesianModel, keys: list[Any], weights: Weights, pairs: NormPairs, inputs: Inputs | None
 ) -> tuple[list[nn.Module], list[str]]:
     """The networks in the order of `FusedModel.networks`, and the batch norms that were merged."""
+    if weights == "copies":
+        pairs = NormPairs(pairs.after)  # folded layers have no factors that a norm could take over
     by_sample: list[list[nn.Module]] = []
     for key in keys:
         with source.passes.draws.drawn(slice(None), 1, key):
