@@ -18,9 +18,9 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bayesify.cost import costs
+from bayesify.layers import matmul
 
 CHUNK_BYTES = 4 << 20
 """Size of what a chunk of rows makes on the way: near the cache that cores share."""
@@ -51,7 +51,7 @@ class Dense:
     """y = x Wᵀ for x [N, ..., in], W [out, in]."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias)
+        return matmul.linear(x, weight, bias)
 
     def folded(self, weight: Tensor, s: Tensor | None, r: Tensor | None, out: Tensor | None = None) -> Tensor:
         return _multiplied(weight, s, None if r is None else r[:, None], out)
@@ -59,10 +59,10 @@ class Dense:
     def gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        flat = grad.reshape(-1, grad.shape[-1])
+        across, down = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         return (
-            grad @ weight if of_x else None,
-            flat.t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,
+            matmul.linear(grad, weight.t()) if of_x else None,
+            matmul.linear(across.t(), down.t()) if of_weight else None,
         )
 
     def growth(self, weight: Tensor) -> float:
