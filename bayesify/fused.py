@@ -17,7 +17,7 @@ from bayesify.batch import Rows
 from bayesify.errors import ConfigError, ConversionError, DataError, TrainingError
 from bayesify.graph import NormPairs, as_inputs, derive_inputs, norm_pairs
 from bayesify.graph.inputs import Inputs
-from bayesify.layers import Gathering, MemberBatchNorm, Rank1Layer, detach
+from bayesify.layers import Gathering, MemberBatchNorm, Rank1Layer, WideLinear, detach
 from bayesify.merge import absorb_norm, fold, give_scale, single
 from bayesify.predictive import Predictive
 from bayesify.tasks import TaskName, resolve_task
@@ -253,6 +253,9 @@ def _network(
             else:
                 for name in pair:
                     network.set_submodule(name, first.get_submodule(name))
+    for module in network.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = WideLinear
     return network
 
 

@@ -10,6 +10,7 @@ from bayesify.layers.functional import functional_sizes as functional_sizes
 from bayesify.layers.functional import watched_products as watched_products
 from bayesify.layers.gathered import Gathering as Gathering
 from bayesify.layers.gathered import hands_tokens_on as hands_tokens_on
+from bayesify.layers.matmul import WideLinear as WideLinear
 from bayesify.layers.members import MemberVector as MemberVector
 from bayesify.layers.norm import MemberBatchNorm as MemberBatchNorm
 from bayesify.layers.norm import MemberNorm as MemberNorm

@@ -20,13 +20,20 @@ SMALLEST = 1 << 19
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b for x [..., in] and W [out, in], which may be a transposed view; what `F.linear` computes."""
-    if not (x.numel() * weight.shape[0] >= SMALLEST and _for_onednn(x, weight, bias)):
+    if not _for_onednn(x, weight, bias) or x.numel() * weight.shape[0] < SMALLEST:
         return F.linear(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if not (_is_matrix(rows) and _is_matrix(weight)):
         return F.linear(x, weight, bias)
     y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+
+
+class WideLinear(nn.Linear):
+    """A dense layer for inference whose product is `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 def _for_onednn(*tensors: Tensor | None) -> bool:

@@ -1,0 +1,90 @@
+"""Products in oneDNN: equal to torch's own, for whatever lies in memory in whatever way."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayesify.layers import WideLinear, matmul
+
+N, IN, OUT = 96, 64, 128  # enough multiplications for oneDNN
+
+INPUTS: dict[str, Callable[[], Tensor]] = {
+    "rows": lambda: torch.randn(N, IN),
+    "columns": lambda: torch.randn(IN, N).t(),
+    "three dimensions": lambda: torch.randn(4, N // 4, IN),
+    "three dimensions, transposed": lambda: torch.randn(N // 4, 4, IN).transpose(0, 1),
+    "a part of the rows": lambda: torch.randn(2 * N, IN)[::2],
+    "a part of the columns": lambda: torch.randn(N, 2 * IN)[:, :IN],
+    "every second column": lambda: torch.randn(N, 2 * IN)[:, ::2],
+    "one row, expanded": lambda: torch.randn(1, IN).expand(N, IN),
+}
+WEIGHTS: dict[str, Callable[[], Tensor]] = {
+    "rows": lambda: torch.randn(OUT, IN),
+    "columns": lambda: torch.randn(IN, OUT).t(),
+    "every second row": lambda: torch.randn(2 * OUT, IN)[::2],
+}
+
+
+@pytest.fixture(autouse=True)
+def in_onednn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """oneDNN takes part, on whatever processor; gives the numbers of rows that it got."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(matmul, "has_wider_onednn", lambda: True)
+    rows: list[int] = []
+    is_matrix = matmul._is_matrix
+
+    def noted(value: Tensor) -> bool:
+        rows.append(len(value))
+        return is_matrix(value)
+
+    monkeypatch.setattr(matmul, "_is_matrix", noted)
+    return rows
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_equals_linear(inputs: str, weight: str, with_bias: bool, in_onednn: list[int]) -> None:
+    torch.manual_seed(0)
+    x, w, b = INPUTS[inputs](), WEIGHTS[weight](), torch.randn(OUT) if with_bias else None
+    found = matmul.linear(x, w, b)
+    expected = F.linear(x.double(), w.double(), None if b is None else b.double()).float()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    assert in_onednn[:1] == [N]
+
+
+def test_other_tensors_are_multiplied_by_torch(in_onednn: list[int]) -> None:
+    x, w = torch.randn(N, IN), torch.randn(OUT, IN)
+    assert torch.equal(matmul.linear(x.double(), w.double()), F.linear(x.double(), w.double()))
+    assert torch.equal(matmul.linear(x[:1], w), F.linear(x[:1], w))  # too few
+    trained = nn.Parameter(w)
+    (grad,) = torch.autograd.grad(matmul.linear(x, trained).sum(), trained)
+    torch.testing.assert_close(grad, x.sum(0).expand(OUT, IN))
+    of_each = torch.func.vmap(matmul.linear, (None, 0))(x, torch.stack([w, 2 * w]))
+    torch.testing.assert_close(of_each[1], 2 * of_each[0])
+    assert not in_onednn
+
+
+def test_a_layer_exports_as_a_plain_one() -> None:
+    layer = nn.Linear(IN, OUT)
+    x = torch.randn(N, IN)
+    expected = layer(x)
+    layer.__class__ = WideLinear
+    exported = torch.export.export(layer, (x,))
+    assert "mkldnn" not in str(exported.graph)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+        torch.testing.assert_close(exported.module()(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "maker"), [("processor\t: 0\nvendor_id\t: AuthenticAMD\n", "AuthenticAMD"), ("CPU part\t: 0xd40\n", "")]
+)
+def test_the_maker_of_a_processor(text: str, maker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: text)
+    assert matmul._maker() == maker
