@@ -53,9 +53,10 @@ class Rank1Conv1DMatrix(Rank1Layer):
         return s @ getattr(self, name)
 
 
-def fold_matrix(weight: Tensor, s: Tensor | None, r: Tensor | None) -> Tensor:
-    """W ∘ (r sᵀ) for W [out, in], in the dtype of W."""
-    return DENSE.folded(weight, *(None if v is None else v.to(weight.dtype) for v in (s, r)))
+def fold_matrix(weight: Tensor, s: Tensor | None, r: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """W ∘ (r sᵀ) for W [out, in], in the dtype of W; written to `out`, if given."""
+    s, r = (None if v is None else v.to(weight.dtype) for v in (s, r))
+    return DENSE.folded(weight, s, r, out)
 
 
 def _dtype(layer: nn.Module) -> torch.dtype:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -155,7 +155,7 @@ def _forward(
 ) -> Tensor:
     if single and _smaller_weight(x, weight, s, r, linear):
         s, r, bias = (None if t is None else t.flatten() for t in (s, r, bias))
-        return linear(x, linear.folded(weight, s, r, _scratch(weight)), bias)
+        return linear(x, linear.folded(weight, s, r, scratch([weight])[0]), bias)
     out = None
     for rows in _chunks(x, weight, linear):
         y = linear(_times(x[rows], s, rows), weight)
@@ -285,17 +285,19 @@ def _chunks(x: Tensor, weight: Tensor, linear: Map) -> Iterator[slice]:
 _THREAD = threading.local()
 
 
-def _scratch(like: Tensor) -> Tensor | None:
-    """Memory for a folded weight, kept from layer to layer, on a CPU, where a thread is done with one before the next:
-    fresh memory costs many times the multiplication."""
-    if like.device.type != "cpu":
-        return None
-    size = like.numel() * like.element_size()
+def scratch(weights: Sequence[Tensor]) -> list[Tensor] | list[None]:
+    """Memory for the folded weights of a layer, kept from layer to layer, on a CPU, where a thread is done with one
+    before the next: fresh memory costs many times the multiplication."""
+    if any(type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu" for weight in weights):
+        return [None] * len(weights)
+    sizes = [weight.numel() * weight.element_size() for weight in weights]
+    lines = [-(-size // 64) * 64 for size in sizes]  # whole cache lines
     kept: Tensor | None = getattr(_THREAD, "memory", None)
-    if kept is None or kept.numel() < size:
+    if kept is None or kept.numel() < sum(lines):
         with torch.inference_mode(False):
-            _THREAD.memory = kept = torch.empty(size, dtype=torch.uint8)
-    return kept[:size].view(like.dtype).view(like.shape)
+            _THREAD.memory = kept = torch.empty(sum(lines), dtype=torch.uint8)
+    parts = zip(kept[: sum(lines)].split(lines), sizes, weights, strict=True)
+    return [part[:size].view(weight.dtype).view(weight.shape) for part, size, weight in parts]
 
 
 def _weight_bytes(weight: Tensor) -> int:

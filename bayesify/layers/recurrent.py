@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from bayesify.errors import BayesifyError
 from bayesify.layers.linear import fold_matrix
-from bayesify.layers.product import DENSE, product
+from bayesify.layers.product import DENSE, product, scratch
 from bayesify.layers.registry import Rank1Layer, bias_of, is_exact, original_class, rank1
 from bayesify.layers.scan import lstm, scan
 from bayesify.layers.site import AdditiveSite, Site, repeat_rows
@@ -37,7 +37,7 @@ class _Recurrent(Rank1Layer):
         return {name: (p.shape[1], p.shape[0]) for name, p in weights.items()}
 
     def folded(self, name: str, s: Tensor | None, r: Tensor | None) -> Tensor:
-        return fold_matrix(getattr(self, name), s, r)
+        return fold_matrix(getattr(self, name), s, r, self.__dict__.get("_memory", {}).get(name))
 
     def applied(self, name: str, s: Tensor) -> Tensor:
         return F.linear(s, getattr(self, name))
@@ -58,12 +58,18 @@ class _Recurrent(Rank1Layer):
     @contextmanager
     def _weights_of(self, draw: int) -> Iterator[None]:
         """Put the weights folded with one draw in place, so that the layer's own forward uses them."""
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            memory = scratch([getattr(self, name) for name in self.sites])
+            self.__dict__["_memory"] = dict(zip(self.sites, memory, strict=True))
         folded: dict[str, Tensor] = {}
-        for name, site in self.sites.items():
-            weight, bias = self.with_draw(name, min(draw, site.rows - 1))
-            folded[name] = weight
-            if bias is not None and bias_of(name) in self._parameters:
-                folded[bias_of(name)] = bias
+        try:
+            for name, site in self.sites.items():
+                weight, bias = self.with_draw(name, min(draw, site.rows - 1))
+                folded[name] = weight
+                if bias is not None and bias_of(name) in self._parameters:
+                    folded[bias_of(name)] = bias
+        finally:
+            self.__dict__.pop("_memory", None)
         before = {name: self._parameters[name] for name in folded}
         flat = getattr(self, "_flat_weights", None)
         try:
