@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from bayesify import bayesify
 from bayesify.layers import scan as module
-from bayesify.layers.scan import lstm, scan
+from bayesify.layers.scan import PACKED_STEPS, lstm, scan
 
 T, N, H = 5, 3, 4
 
 
-def operands(draws: int) -> list[Tensor]:
-    shapes = [(T, N, 4 * H), (4 * H, H), (draws, H), (draws, 4 * H), (N, H), (N, H)]
-    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+def operands(draws: int, steps: int = T, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    shapes = [(steps, N, 4 * H), (4 * H, H), (draws, H), (draws, 4 * H), (N, H), (N, H)]
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
 def scanned(reverse: bool, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,6 +63,21 @@ def test_values_and_gradients(
     torch.testing.assert_close(found, expected)
     if trained:
         torch.testing.assert_close(gradients(found, trained), gradients(expected, trained))
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_many_steps_in_single_precision(reverse: bool) -> None:
+    """Whose weight is packed for oneDNN, where there is one."""
+    inputs = operands(N, PACKED_STEPS, torch.float32)
+    expected = looped(reverse, *inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(scanned(reverse, *inputs), expected)
+    found = scanned(reverse, *inputs)
+    torch.testing.assert_close(found, expected)
+    again = gradients(found, inputs), gradients(scanned(reverse, *inputs), inputs)
+    for of_found, repeated, of_expected in zip(*again, gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(of_found, of_expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(of_found, repeated)
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
