@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -24,6 +24,7 @@ from bayesify.predictive import Predictive
 from bayesify.tasks import TaskName, resolve_task
 
 if TYPE_CHECKING:
+    from bayesify.calibration import SpreadFit
     from bayesify.data import Preprocessing
     from bayesify.fused import FusedModel
     from bayesify.generation import Generation
@@ -197,6 +198,35 @@ class BayesianModel(nn.Module):
         """
         per_member = torch.stack([kl_divergence(factor) for factor, _ in self.passes.draws.joined()]).sum(0)
         return per_member.mean() if self.config.kl_reduction == "mean" else per_member.sum()
+
+    def fit_spread(
+        self,
+        loader: Iterable[Any],
+        method: Literal["fisher", "search"] = "fisher",
+        *,
+        prior_scale: float = 0.3,
+        seed: int = 0,
+    ) -> SpreadFit:
+        """Set the spread of every factor from data, without training; `predict(samples=...)` then draws from it.
+
+        The members' means stay as they are. For a pretrained network that is not trained any further, convert it with
+        ``init="ones"``, so that they are the network itself.
+
+        Args:
+            loader: batches as `evaluate` takes them, of data like those the network was trained on.
+            method: "fisher", in one pass: the Laplace approximation with a diagonal Fisher information,
+                variance = 1 / (N · Fisher + 1 / prior_scale²); labels are not needed. "search", in up to 11 passes: the
+                one spread of all factors with the lowest NLL of the labels.
+            prior_scale: standard deviation of a factor that the data say nothing of ("fisher").
+            seed: of the labels or samples that are drawn.
+
+        Raises:
+            ConfigError: a posterior other than "normal".
+            DataError: no examples, no labels for the search, or outputs that are not classes. Nothing is changed then.
+        """
+        from bayesify.calibration import fit_spread
+
+        return fit_spread(self, loader, method=method, prior_scale=prior_scale, seed=seed)
 
     # -------------------------------------------------------------------------------------------- ways out
 

@@ -1,0 +1,109 @@
+"""Spread without training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayesify import BayesianModel, bayesify
+from bayesify.calibration.spread import SPREADS, fisher
+from bayesify.errors import ConfigError, DataError
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).eval()
+
+
+def converted(**options: Any) -> BayesianModel:
+    return bayesify(network(), **{"members": 2, "init_scale": 0.2, **options})
+
+
+def data(count: int = 24) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(count, 5), torch.randint(3, (count,))
+
+
+def state(bnn: BayesianModel) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in bnn.state_dict().items()}
+
+
+@pytest.mark.parametrize("noise", ["example", "member"])
+def test_fisher_is_the_mean_squared_gradient_of_a_loop_over_examples(noise: str) -> None:
+    bnn, (x, _) = converted(noise=noise), data(6)
+    found, count = fisher(bnn, [x[:4], x[4:]], seed=3)
+    assert count == 6
+    generator = torch.Generator().manual_seed(3)
+    plain = network()
+    first, last = plain.get_submodule("0"), plain.get_submodule("2")
+    expected = [torch.zeros_like(value) for value in found]
+    for batch in (x[:4], x[4:]):
+        for member in range(2):
+            means = [f.mean[member].detach().clone().requires_grad_() for _, _, f in bnn.factors()]
+
+            def logits(row: Tensor, s1: Tensor, r1: Tensor, s2: Tensor, r2: Tensor) -> Tensor:
+                hidden = F.linear(row, first.weight * r1[:, None] * s1, first.bias).tanh()
+                return F.linear(hidden, last.weight * r2[:, None] * s2, last.bias)
+
+            outputs = [logits(row, *means).log_softmax(-1) for row in batch]
+            labels = torch.multinomial(torch.stack(outputs).detach().exp(), 1, generator=generator)
+            for output, label in zip(outputs, labels, strict=True):
+                for total, gradient in zip(expected, torch.autograd.grad(output[label].sum(), means), strict=True):
+                    total[member] += gradient.square() / 6
+    for value, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, other)
+
+
+def test_the_variance_is_that_of_laplace_and_nothing_else_changes() -> None:
+    bnn, (x, y) = converted(), data()
+    before = state(bnn)
+    information, count = fisher(bnn, [x], seed=0)
+    fit = bnn.fit_spread([(x, y)], prior_scale=0.2)
+    for (_, _, factor), own in zip(bnn.factors(), information, strict=True):
+        torch.testing.assert_close(factor.scale, (count * own + 25.0).rsqrt())
+    for name, value in bnn.state_dict().items():
+        assert name.endswith("rho") or torch.equal(value, before[name])
+    assert fit.examples == 24
+    assert 0 < fit.spread < 0.2
+    assert not torch.equal(bnn.predict(x, samples=2, seed=0).outputs[:, 0], bnn.predict(x).outputs[:, 0])
+
+
+def test_search_takes_the_spread_of_lowest_nll() -> None:
+    bnn, (x, _) = converted(init="ones"), data(64)
+    with torch.no_grad():
+        bnn.model.get_parameter("2.weight").mul_(20)  # far too sure of itself
+        y = torch.randint(3, (64,), generator=torch.Generator().manual_seed(2))
+    fit = bnn.fit_spread([(x, y)], method="search")
+    assert fit.spread in SPREADS
+    for _, _, factor in bnn.factors():
+        torch.testing.assert_close(factor.scale, torch.full_like(factor.scale, fit.spread))
+    chosen = bnn.predict(x, samples=8, seed=0).nll(y)
+    assert chosen < bnn.predict(x).nll(y)
+
+
+@pytest.mark.parametrize(
+    ("batches", "method", "error"),
+    [
+        ([], "fisher", DataError),
+        ([], "search", DataError),
+        ([torch.randn(3, 5)], "search", DataError),
+        ([], "x", ConfigError),
+    ],
+)
+def test_what_cannot_be_fitted_leaves_the_model_as_it_was(batches: Any, method: Any, error: type[Exception]) -> None:
+    bnn = converted()
+    before = state(bnn)
+    with pytest.raises(error):
+        bnn.fit_spread(batches, method=method)
+    assert all(torch.equal(value, before[name]) for name, value in bnn.state_dict().items())
+
+
+def test_other_posteriors_and_tasks_are_refused() -> None:
+    with pytest.raises(ConfigError, match="posterior='normal'"):
+        converted(posterior="deterministic").fit_spread([data()])
+    with pytest.raises(DataError, match="classes"):
+        bayesify(network(), task="regression").fit_spread([data()])
