@@ -88,14 +88,17 @@ class Rows:
         dim = self._dim(name)
         return map_tensors(value, lambda t: _repeat(t, t.shape[0] if packed else batch, members, dim))
 
-    def reduce(self, output: Any, members: int, batch: int, task: TaskName | None) -> Any:
-        """Average an output of K·B rows over members, in its own type: log of the mean probability as logits."""
+    def reduce(self, output: Any, members: int, batch: int, task: TaskName | None, temperature: float = 1.0) -> Any:
+        """Average an output of K·B rows over members, in its own type: log of the mean probability as logits.
+
+        Every member's logits are divided by the temperature first.
+        """
         if task == "members":
             return output
         if self.recurrent:
             first = map_tensors(output[0], lambda t: _mean(t, members, self.input_dim))
             return first, map_tensors(output[1], lambda t: _mean(t, members, 1))
-        return _reduce(output, members, batch, task, named_logits=_has_logits(output))
+        return _reduce(output, members, batch, task, temperature, named_logits=_has_logits(output))
 
     def joined(self, outputs: Sequence[Any], batch: int) -> Any:
         """Outputs of B rows, one of each member, as one of K·B rows, as if all had been computed side by side.
@@ -236,7 +239,9 @@ def _joined(values: list[Any], batch: int, name: str | None) -> Any:
     return first
 
 
-def _reduce(output: Any, members: int, batch: int, task: TaskName | None, named_logits: bool) -> Any:
+def _reduce(
+    output: Any, members: int, batch: int, task: TaskName | None, temperature: float, named_logits: bool
+) -> Any:
     def tensor(value: Any, name: str | None) -> Any:
         if isinstance(value, PackedSequence):
             return _mean(value, members, 0)
@@ -249,7 +254,10 @@ def _reduce(output: Any, members: int, batch: int, task: TaskName | None, named_
             return value.narrow(dim, 0, value.shape[dim] // members)
         if name not in _LOGITS and (name is not None or named_logits):
             return _mean(value, members, dim)
-        return TASKS[resolve_task(value, task)].mixture(value.unflatten(0, (members, -1))).to(value.dtype)
+        rows = value.unflatten(0, (members, -1))
+        if temperature != 1.0:
+            rows = rows / temperature
+        return TASKS[resolve_task(value, task)].mixture(rows).to(value.dtype)
 
     def reduced(value: Any, name: str | None) -> Any:
         if isinstance(value, Mapping):

@@ -46,7 +46,7 @@ class FusedModel(nn.Module):
         weights: "copies", where each network has folded weights of its own, or "shared", where all use the one W, and
             what was merged lies in the vectors around it.
         norms: names of the batch norms that became a part of the layer before them.
-        task: how outputs are read, see `BayesianModel.task`.
+        task, temperature: how outputs are read, see `BayesianModel`.
         settings: the options of `fuse` that were given.
         source: the Bayesian model as it was when fused; what `save_pretrained` writes. It is no submodule.
     """
@@ -70,6 +70,7 @@ class FusedModel(nn.Module):
         self.norms = norms
         self.task: TaskName | None = source.task
         self.settings = settings
+        self.temperature = source.temperature
         # The network's own arguments by name: exporters look for them.
         call: Any = functools.partial(self._called)
         call.__signature__ = inspect.signature(networks[0].forward)
@@ -81,7 +82,7 @@ class FusedModel(nn.Module):
         rows = Rows(self.networks[0])
         batch = rows.batch_size(args, kwargs)
         output = rows.joined([network(*args, **kwargs) for network in self._for(kwargs)], batch)
-        return rows.reduce(output, len(self.networks), batch, self.task)
+        return rows.reduce(output, len(self.networks), batch, self.task, self.temperature)
 
     @torch.no_grad()
     def predict(self, *args: Any, **kwargs: Any) -> Predictive:
@@ -94,7 +95,8 @@ class FusedModel(nn.Module):
         rows = Rows(self.networks[0])
         found = [rows.outputs(n(*args, **kwargs)).movedim(rows.input_dim, 0) for n in self._for(kwargs)]
         outputs = torch.stack(found).unflatten(0, (self.members, self.samples))
-        return Predictive.of(outputs, resolve_task(outputs[0, 0], self.task))
+        task = resolve_task(outputs[0, 0], self.task)
+        return Predictive.of(outputs, task, self.temperature, self.source.conformal)
 
     def _for(self, kwargs: dict[str, Any]) -> nn.ModuleList:
         given = [

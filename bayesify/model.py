@@ -24,7 +24,7 @@ from bayesify.predictive import Predictive
 from bayesify.tasks import TaskName, resolve_task
 
 if TYPE_CHECKING:
-    from bayesify.calibration import SpreadFit
+    from bayesify.calibration import Conformal, SpreadFit
     from bayesify.data import Preprocessing
     from bayesify.fused import FusedModel
     from bayesify.generation import Generation
@@ -58,12 +58,16 @@ class BayesianModel(nn.Module):
             for loops that are not ours, see `bayesify.finetune.callback`; `ELBO` adds the KL by itself.
         expansion: in training, "replicate" shows every example to every member; "partition" gives each member
             B/K of the rows, in order, without repeating anything.
+        temperature: what all members' logits are divided by in eval mode and in `predict`, see `fit_temperature`; 1
+            changes nothing. Training does not see it, and `FineTuner` sets it back to 1.
+        conformal: the calibration that `Predictive.sets` needs, see `fit_sets`.
         origin, label_names, preprocessing: where the network came from, its classes and how its inputs are made;
             kept for `save_pretrained`.
     """
 
     origin: Origin | None
     preprocessing: Preprocessing | None
+    conformal: Conformal | None
     accepts_loss_kwargs = False
     """For transformers' Trainer: a loss is a mean over the batch, to be divided by the number of accumulated ones."""
 
@@ -79,6 +83,8 @@ class BayesianModel(nn.Module):
         self.task: TaskName | None = task
         self.expansion: Expansion = "replicate"
         self.kl_weight = 0.0
+        self.temperature = 1.0
+        self.conformal = None
         self.origin = None
         self.label_names: list[str] = []
         self.preprocessing = None
@@ -129,7 +135,8 @@ class BayesianModel(nn.Module):
         if labels is not None:  # named in the signature because transformers' Trainer looks for labels there
             kwargs["labels"] = labels
         if not self.training:
-            return self.settled(partial(self.passes.mixture, args, kwargs, self.task), args, kwargs)
+            mixture = partial(self.passes.mixture, args, kwargs, self.task, self.temperature)
+            return self.settled(mixture, args, kwargs)
         partition = self.expansion == "partition"
         output = self.settled(partial(self.passes.train, args, kwargs, partition), args, kwargs)
         return self._with_kl(output) if self.kl_weight else output
@@ -170,7 +177,7 @@ class BayesianModel(nn.Module):
         call = partial(self.passes.outputs, args, kwargs, samples, seed, member_chunk)
         with evaluating(self), torch.no_grad():
             outputs = self.settled(call, args, kwargs)
-        return Predictive.of(outputs, resolve_task(outputs[0, 0], self.task))
+        return Predictive.of(outputs, resolve_task(outputs[0, 0], self.task), self.temperature, self.conformal)
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **options: Any) -> Generation:
         """Text from the predictive, with the doubt of every token; see `bayesify.generation.generate`."""
@@ -227,6 +234,45 @@ class BayesianModel(nn.Module):
         from bayesify.calibration import fit_spread
 
         return fit_spread(self, loader, method=method, prior_scale=prior_scale, seed=seed)
+
+    def fit_temperature(self, loader: Iterable[Any], *, samples: int | None = None, seed: int = 0) -> float:
+        """Set the temperature that gives the predictive the lowest NLL on validation data, and return it.
+
+        It divides the logits of every member and sample, so that members, mixture and mutual information stay one
+        whole; `save_pretrained` keeps it. Sets that were fitted before are dropped.
+
+        Args:
+            loader: labeled batches as `evaluate` takes them, of data that the model was not trained on.
+            samples, seed: of the predictions, see `predict`.
+
+        Raises:
+            DataError: no examples, no labels, or outputs that are not logits. Nothing is changed then.
+        """
+        from bayesify.calibration import fit_temperature
+
+        return fit_temperature(self, loader, samples=samples, seed=seed)
+
+    def fit_sets(
+        self, loader: Iterable[Any], *, penalty: float = 0.01, samples: int | None = None, seed: int = 0
+    ) -> Conformal:
+        """Keep what `predict(...).sets(alpha)` needs: sets that hold the true class with probability 1 − alpha.
+
+        Split conformal prediction (APS; with the penalty RAPS), on the predictive as it is, so after `fit_temperature`
+        if both are wanted; `save_pretrained` keeps it.
+
+        Args:
+            loader: labeled batches as `evaluate` takes them, of data that the model was not trained on and that is
+                like what it will meet. A few hundred examples are enough, 1 / alpha is the least.
+            penalty: on each class beyond the first five, for smaller sets where there are many classes.
+            samples, seed: of the predictions, see `predict`. Predict with the same number of samples.
+
+        Raises:
+            DataError: no examples, or no labels.
+            ConfigError: outputs that are not of one class an example. Nothing is changed then.
+        """
+        from bayesify.calibration import fit_sets
+
+        return fit_sets(self, loader, penalty=penalty, samples=samples, seed=seed)
 
     # -------------------------------------------------------------------------------------------- ways out
 

@@ -87,10 +87,10 @@ class Passes:
         return output
 
     @around
-    def mixture(self, args: tuple[Any, ...], kwargs: dict[str, Any], task: TaskName | None) -> Any:
+    def mixture(self, args: tuple[Any, ...], kwargs: dict[str, Any], task: TaskName | None, temperature: float) -> Any:
         """B rows: the predictive at the posterior means."""
         run = self._run(args, kwargs, single=True, chunk=None, joins=True)
-        return self._reduced(run, [self._pass(run, part, None) for part in run.parts], task)
+        return self._reduced(run, [self._pass(run, part, None) for part in run.parts], task, temperature)
 
     @around
     def outputs(
@@ -151,10 +151,10 @@ class Passes:
         self.parting.end()
 
     @outside
-    def _reduced(self, run: _Run, outputs: list[Any], task: TaskName | None) -> Any:
+    def _reduced(self, run: _Run, outputs: list[Any], task: TaskName | None, temperature: float) -> Any:
         rows = run.parts[0].stop * run.batch
         output = outputs[0] if len(outputs) == 1 else run.rows.joined(outputs, rows)
-        return run.rows.reduce(output, self._members, run.batch, task)
+        return run.rows.reduce(output, self._members, run.batch, task, temperature)
 
     @outside
     def _members_of(self, run: _Run, members: slice, output: Any) -> Tensor:

@@ -6,13 +6,17 @@ Shapes: K members, S samples per member, B examples, C classes (or outputs). All
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bayesify.errors import DataError
 from bayesify.tasks import TASKS, Gaussian, TaskName, Values, log_mean_exp
+
+if TYPE_CHECKING:
+    from bayesify.calibration import Conformal
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Predictive:
         outputs: [K, S, B, ..., C] raw network outputs: logits of classes, always last; logits of labels; values; or
             means and log variances, one after the other in the last dimension.
         task: "classification" (also of tokens and pixels), "multilabel", "regression" or "gaussian".
+        conformal: what `sets` needs, if the model has been through `fit_sets`.
 
     | task | what there is |
     | --- | --- |
@@ -34,6 +39,7 @@ class Predictive:
 
     outputs: Tensor
     task: TaskName = "classification"
+    conformal: Conformal | None = None
 
     def __post_init__(self) -> None:
         if self.outputs.dim() < 4:
@@ -48,12 +54,16 @@ class Predictive:
         return self.outputs.shape[2]
 
     @classmethod
-    def of(cls, outputs: Tensor, task: TaskName) -> Predictive:
-        """Of outputs [K, S, B, ...] as the network gives them, for any of its tasks."""
+    def of(
+        cls, outputs: Tensor, task: TaskName, temperature: float = 1.0, conformal: Conformal | None = None
+    ) -> Predictive:
+        """Of outputs [K, S, B, ...] as the network gives them, for any of its tasks, divided by the temperature."""
         if outputs.dim() == 3:
             outputs = outputs.unsqueeze(-1)
         arranged = TASKS[task].arranged(outputs.flatten(0, 2)).unflatten(0, outputs.shape[:3])
-        return cls(arranged, "classification" if task == "segmentation" else task)
+        if temperature != 1.0:
+            arranged = arranged / temperature
+        return cls(arranged, "classification" if task == "segmentation" else task, conformal)
 
     @property
     def has_classes(self) -> bool:
@@ -129,6 +139,27 @@ class Predictive:
         self._needs("gaussian")
         return self._moments[1].mean((0, 1))
 
+    def sets(self, alpha: float = 0.1) -> Tensor:
+        """[B, C] bool: a set of classes for each example, with the true one in it with probability 1 − alpha or more.
+
+        The probability is over examples drawn like those of `BayesianModel.fit_sets`; it does not hold for one class or
+        one kind of example by itself, nor for shifted data. The most probable class is always in the set.
+
+        Raises:
+            DataError: the model has not been through `fit_sets`, or was with another number of samples.
+        """
+        if self.conformal is None or self.task != "classification" or self.outputs.dim() != 4:
+            raise DataError(
+                "there are sets of classes for a classification [B, C] by a model with calibration data: call "
+                "bnn.fit_sets(loader) first, then predict again."
+            )
+        if self.outputs.shape[1] != (self.conformal.samples or 1):
+            raise DataError(
+                f"the sets were fitted with samples={self.conformal.samples}, and these are {self.outputs.shape[1]} "
+                "samples of each member; predict as fitted, or fit anew with the samples that you predict with."
+            )
+        return self.conformal.sets(self.probs, alpha)
+
     def fitted(self, targets: Tensor) -> Predictive:
         """The same at the targets' resolution: logits of pixels are resized bilinearly, as transformers' losses do.
 
@@ -136,7 +167,7 @@ class Predictive:
             DataError: targets of another shape or type, or out of range.
         """
         outputs = TASKS[self.task].fitted(self.outputs.flatten(0, 1), targets)
-        return Predictive(outputs.unflatten(0, self.outputs.shape[:2]), self.task)
+        return replace(self, outputs=outputs.unflatten(0, self.outputs.shape[:2]))
 
     def log_prob(self, targets: Tensor) -> Tensor:
         """Log-likelihood, in nats, of `targets` under the mixture; 0 for labels of −100, which do not count.
@@ -155,14 +186,14 @@ class Predictive:
         return -log_prob.sum() / TASKS[self.task].count(targets).to(log_prob.device)
 
     def to(self, device: torch.device | str) -> Predictive:
-        return Predictive(self.outputs.to(device), self.task)
+        return replace(self, outputs=self.outputs.to(device))
 
     @staticmethod
     def cat(parts: Sequence[Predictive]) -> Predictive:
         """Concatenate along the examples."""
         if not parts:
             raise DataError("there is no prediction to concatenate: the data set is empty.")
-        return Predictive(torch.cat([part.outputs for part in parts], dim=2), parts[0].task)
+        return replace(parts[0], outputs=torch.cat([part.outputs for part in parts], dim=2))
 
     @property
     def _moments(self) -> tuple[Tensor, Tensor]:

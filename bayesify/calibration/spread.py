@@ -59,6 +59,7 @@ def fit_spread(
     curvature, count = fisher(bnn, loader, seed)
     for factor, own in zip(factors, curvature, strict=True):
         _set(factor, (count * own + prior_scale**-2).rsqrt())
+    bnn.temperature, bnn.conformal = 1.0, None  # they were those of another predictive
     return SpreadFit(_mean_spread(factors), count)
 
 
@@ -129,6 +130,7 @@ def _search(bnn: BayesianModel, factors: list[NormalFactor], batches: list[Any],
     chosen = SPREADS[0] if best is None else best[1]
     for factor in factors:
         _set(factor, torch.full_like(factor.rho, chosen))
+    bnn.temperature, bnn.conformal = 1.0, None
     return SpreadFit(chosen, examples)
 
 

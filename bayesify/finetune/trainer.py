@@ -150,6 +150,7 @@ class FineTuner:
         try:
             if bayesian:
                 self.model.expansion = config.expand  # type: ignore[assignment]
+                self.model.temperature, self.model.conformal = 1.0, None  # type: ignore[assignment]
             with TrainingLog(accelerator, path, progress["step"], self.total_steps, self.progress) as log:
                 for step in range(progress["step"], self.total_steps):
                     model.train()

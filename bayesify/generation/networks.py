@@ -88,6 +88,7 @@ class Networks:
         some logits processors (the repetition penalty) look at the sign of logits: one network keeps its own.
         """
         logits = output.logits[:, -1].float()
+        logits = logits / self.bnn.temperature
         predictive = Predictive(logits.unflatten(0, (self.bnn.members, self.samples or 1, -1)))
         self.doubt.see(predictive)
         constant = self.mean(logits.logsumexp(-1, keepdim=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,16 +18,17 @@ from bayesify.files import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors
 from bayesify.graph import is_quantized
 from bayesify.hub.base import load_base
 from bayesify.hub.origin import Origin, build, located
-from bayesify.hub.save import FORMAT_VERSION
+from bayesify.hub.save import FORMAT_VERSION, SCORES
 from bayesify.tasks import TASKS
 
 if TYPE_CHECKING:
+    from bayesify.calibration import Conformal
     from bayesify.fused import FusedModel
     from bayesify.model import BayesianModel
 
 _FIELDS = {
     "format_version", "bayesify_version", "base_model", "weights", "rank1", "sites", "task", "labels", "preprocessing",
-    "fused",
+    "fused", "temperature", "conformal",
 }  # fmt: skip
 _FUSED = {"samples": (int, type(None)), "seed": (int, type(None)), "weights": (str, type(None))}
 """The types of what the field `fused`, which is optional, may hold: options of `BayesianModel.fuse`."""
@@ -81,11 +83,13 @@ def load_bayesian(
             preprocessing = preprocessing_from_dict(config["preprocessing"], folder)
         except FormatError as error:
             raise FormatError(f"{folder / CONFIG_FILE}: {error}") from error
+    conformal = _conformal(config["conformal"], state, folder)
     model = _network(origin, base_model, config["weights"] == "full", trust_remote_code, folder)
     bnn = _convert(model, config, state, folder)
     bnn.origin = origin if not isinstance(base_model, (str, Path)) else replace(origin, id=located(base_model))
     bnn.label_names = config["labels"]
     bnn.preprocessing = preprocessing
+    bnn.temperature, bnn.conformal = float(config["temperature"]), conformal
     return bnn.eval()
 
 
@@ -97,7 +101,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise FormatError(f"{path}: field format_version is missing; this is no bayesify config.")
     if version > FORMAT_VERSION:
         raise FormatError(f"{path}: format_version {version} is newer than {FORMAT_VERSION}; update bayesify.")
-    content.setdefault("fused", None)
+    for name, default in (("fused", None), ("temperature", 1.0), ("conformal", None)):
+        content.setdefault(name, default)
     if wrong := sorted(set(content) ^ _FIELDS):
         problem = "unknown" if wrong[0] in content else "missing"
         raise FormatError(f"{path}: field {wrong[0]} is {problem}.")
@@ -118,6 +123,16 @@ def read_config(path: Path) -> dict[str, Any]:
         isinstance(fused, dict) and all(type(value) in _FUSED.get(name, ()) for name, value in fused.items())
     ):
         raise FormatError(f"{path}: field fused must hold options of fuse: {', '.join(_FUSED)}; found {fused!r}.")
+    temperature, conformal = content["temperature"], content["conformal"]
+    if type(temperature) not in (int, float) or not 0.0 < temperature < math.inf:
+        raise FormatError(f"{path}: field temperature must be positive; found {temperature!r}.")
+    if conformal is not None and not (
+        isinstance(conformal, dict)
+        and set(conformal) == {"penalty", "samples"}
+        and type(conformal["penalty"]) in (int, float)
+        and type(conformal["samples"]) in (int, type(None))
+    ):
+        raise FormatError(f"{path}: field conformal must hold penalty and samples; found {conformal!r}.")
     content["rank1"] = Rank1Config.from_dict(content["rank1"], source=f"{path}: rank1")
     content["base_model"] = Origin.from_dict(content["base_model"], str(path))
     return content
@@ -138,6 +153,21 @@ def _folder(source: str | Path, revision: str | None) -> Path:
         raise FormatError(f"{source} is neither a folder nor a Hub id (owner/name).") from error
     except Exception as error:  # http libraries, proxies and caches each have their own errors
         raise not_downloaded(str(source), error) from error
+
+
+def _conformal(options: dict[str, Any] | None, state: dict[str, Tensor], folder: Path) -> Conformal | None:
+    """The calibration of sets, whose scores are taken out of the state."""
+    from bayesify.calibration import Conformal
+
+    scores = state.pop(SCORES, None)
+    if options is None and scores is None:
+        return None
+    if options is None or scores is None:
+        raise FormatError(f"{folder / WEIGHTS_FILE}: {SCORES} and field conformal of the config go together.")
+    try:
+        return Conformal(scores, float(options["penalty"]), options["samples"])
+    except BayesifyError as error:
+        raise FormatError(f"{folder / WEIGHTS_FILE}: {SCORES}: {error}") from error
 
 
 def _network(

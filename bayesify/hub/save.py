@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from bayesify.model import BayesianModel
 
 FORMAT_VERSION = 1
+SCORES = "conformal.scores"
+"""Name of the scores of `fit_sets` among the weights."""
 _READABLE = 0o666
 
 
@@ -57,7 +59,12 @@ def save_pretrained(
         "task": model.task,
         "labels": list(model.label_names),
         "preprocessing": None if model.preprocessing is None else model.preprocessing.to_dict(),
+        "temperature": model.temperature,
+        "conformal": None,
     }
+    if model.conformal is not None:
+        kept[SCORES] = model.conformal.scores.cpu()
+        config["conformal"] = {"penalty": model.conformal.penalty, "samples": model.conformal.samples}
     if fused is not None:
         config["fused"] = dict(fused)
     folder.mkdir(parents=True, exist_ok=True)

@@ -40,10 +40,19 @@ class Images(torch.utils.data.Dataset):
     The augmentation of a row is a function of (seed, epoch, row), so an interrupted run goes on exactly.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, *, training: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        training: bool = False,
+        seed: int = 0,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
+    ) -> None:
         self.images, self.labels = images, labels
         self.training, self.seed = training, seed
-        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
         self.set_epoch(0)
 
     @classmethod

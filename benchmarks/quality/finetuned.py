@@ -1,0 +1,190 @@
+"""Fine-tuned pretrained networks: how good are the probabilities, beside other methods at equal steps?
+
+    python benchmarks/quality/finetuned.py resnet20                       # all rows of a task, then its table
+    python benchmarks/quality/finetuned.py clinc-10 --methods rank1 --options '{"init_scale": 0.3}' --seeds 1
+
+Every run is a JSON file; what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from methods import MEMBERS, METHODS, Predict
+from results import cell, read, summary, write_table
+from rich.console import Console
+from tasks import TASKS, Batches, Task, batches_of
+from torch import Tensor
+
+from bayesify import Predictive
+from bayesify.batch import split_batch
+from bayesify.evaluation.metrics import metrics_from_scores
+from bayesify.evaluation.scores import doubts, score
+from bayesify.files import write_json
+
+CLASSIFIED = ("accuracy", "nll", "ece", "disagreement")
+
+
+def temperature_of(outputs: Tensor, labels: Tensor) -> float:
+    """The T that all members' logits are divided by for the lowest NLL of the mixture: by ternary search on log T."""
+    low, high = -2.0, 3.0
+    for _ in range(30):
+        a, b = low + (high - low) / 3, high - (high - low) / 3
+        left, right = (float(Predictive(outputs / torch.tensor(t).exp()).nll(labels)) for t in (a, b))
+        low, high = (low, b) if left < right else (a, high)
+    return float(torch.tensor((low + high) / 2).exp())
+
+
+def labels_of(batches: Batches) -> Tensor:
+    return torch.cat([label for batch in batches if (label := split_batch(batch)[2]) is not None])
+
+
+def predictions(task: Task, predict: Predict) -> dict[str, Tensor]:
+    """Outputs for every set of a task."""
+    sets = {
+        "validation": batches_of(task.validation),
+        **task.tests,
+        **{f"outside {k}": v for k, v in task.outside.items()},
+    }
+    with torch.no_grad():
+        return {name: predict(batches) for name, batches in sets.items()}
+
+
+def measure(task: Task, outputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Metrics of every set without and with a temperature fitted on validation."""
+    truth = {"validation": labels_of(batches_of(task.validation))}
+    truth |= {name: labels_of(batches) for name, batches in task.tests.items()}
+    temperature = temperature_of(outputs["validation"], truth["validation"])
+    result: dict[str, Any] = {"temperature": temperature}
+    for kind, divisor in (("plain", 1.0), ("scaled", temperature)):
+        rows: dict[str, dict[str, float]] = {}
+        for name, labels in truth.items():
+            found = metrics_from_scores(score(Predictive(outputs[name] / divisor), labels))
+            rows[name] = {metric: found[metric] for metric in CLASSIFIED}
+        shifted = [rows[name] for name in task.tests if name != "clean"]
+        if shifted:
+            rows["shifted"] = {m: sum(row[m] for row in shifted) / len(shifted) for m in CLASSIFIED}
+        inside = doubts(Predictive(outputs["clean"] / divisor))
+        for name in task.outside:
+            foreign = doubts(Predictive(outputs[f"outside {name}"] / divisor))
+            rows[f"outside {name}"] = {key: auroc(inside[key], foreign[key]) for key in inside}
+        result[kind] = rows
+    return result
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    from torchmetrics.functional.classification import binary_auroc
+
+    target = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
+    return float(binary_auroc(torch.cat([inside, outside]).float().argsort().argsort().float() / len(target), target))
+
+
+class Runs:
+    """Runs of one task, kept as files."""
+
+    def __init__(self, task: str, folder: Path, console: Console) -> None:
+        self.name, self.folder, self.console = task, folder / task, console
+        self._task: Task | None = None
+
+    @property
+    def task(self) -> Task:
+        if self._task is None:
+            self._task = TASKS[self.name]()
+        return self._task
+
+    def path(self, method: str, options: dict[str, Any], seed: int, ending: str = "json") -> Path:
+        key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8] if options else "default"
+        return self.folder / "runs" / f"{method}-{key}-seed{seed}.{ending}"
+
+    def run(self, method: str, options: dict[str, Any], seed: int) -> dict[str, Any]:
+        """The metrics of a run, which is made if it is not there."""
+        path = self.path(method, options, seed)
+        if path.exists():
+            return read(path)
+        started = time.perf_counter()
+        if method == "ensemble":
+            outputs = self.ensemble(options, seed)
+        else:
+            outputs = predictions(self.task, METHODS[method](self.task, seed, **json.loads(json.dumps(options))))
+        result = {"method": method, "options": options, "seed": seed, **measure(self.task, outputs)}
+        result["seconds"] = round(time.perf_counter() - started, 1)
+        if method == "deterministic":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(outputs, self.path(method, options, seed, "pt"))
+        write_json(path, result, indent=1)
+        self.console.print(f"{self.name} {line(result)}")
+        return result
+
+    def ensemble(self, options: dict[str, Any], seed: int) -> dict[str, Tensor]:
+        """Four deterministic networks; those of ensemble s are 4s … 4s + 3."""
+        found = []
+        for own in range(MEMBERS * seed, MEMBERS * (seed + 1)):
+            self.run("deterministic", options, own)
+            found.append(torch.load(self.path("deterministic", options, own, "pt"), weights_only=True))
+        return {name: torch.cat([outputs[name] for outputs in found]) for name in found[0]}
+
+
+def line(result: dict[str, Any]) -> str:
+    """A run in a line."""
+    parts = [f"{result['method']} {json.dumps(result['options'])} seed {result['seed']} T {result['temperature']:.2f}"]
+    for name in ("validation", "clean", "shifted"):
+        for kind in ("plain", "scaled"):
+            if name in result[kind]:
+                row = result[kind][name]
+                parts.append(
+                    f"{name} {kind}: {row['accuracy']:.4f} {row['nll']:.4f} {row['ece']:.4f} d {row['disagreement']:.3f}"
+                )
+    for name, row in result["plain"].items():
+        if name.startswith("outside"):
+            parts.append(f"{name}: {row['entropy']:.3f} {row['mutual_information']:.3f}")
+    return " | ".join([*parts, f"{result['seconds']:.0f} s"])
+
+
+def main(
+    task: Annotated[str, typer.Argument(help=f"One of {', '.join(TASKS)}.")],
+    methods: Annotated[str, typer.Option(help="Comma-separated rows.")] = "deterministic,ensemble,rank1",
+    options: Annotated[str, typer.Option(help="Options of the methods, as JSON.")] = "{}",
+    seeds: Annotated[int, typer.Option(help="Number of seeds, from 0.")] = 3,
+    output: Annotated[Path, typer.Option(help="Folder for runs and tables.")] = Path("runs/quality/finetuned"),
+    table: Annotated[bool, typer.Option(help="Print and write the table of the default options.")] = True,
+) -> None:
+    torch.set_num_threads(1)
+    console = Console(width=400)
+    runs = Runs(task, output, console)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for method in methods.split(","):
+        for seed in range(seeds):
+            own = MEMBERS * seed if method == "deterministic" else seed
+            rows.setdefault(method, []).append(runs.run(method, json.loads(options), own))
+    if table:
+        tabulate(runs, rows)
+
+
+def tabulate(runs: Runs, rows: dict[str, list[dict[str, Any]]]) -> None:
+    """Mean ± standard error over the seeds."""
+    first = next(iter(rows.values()))[0]
+    columns = [(kind, name, metric) for name in ("clean", "shifted") for kind in ("plain", "scaled")
+               for metric in CLASSIFIED if name in first[kind] and (kind, metric) not in (("scaled", "accuracy"), ("scaled", "disagreement"))]  # fmt: skip
+    columns += [
+        ("plain", name, key)
+        for name in first["plain"]
+        if name.startswith("outside")
+        for key in ("entropy", "mutual_information")
+    ]
+    head = ["method", *(f"{name} {metric}{', scaled' if kind == 'scaled' else ''}" for kind, name, metric in columns)]
+    cells = {
+        method: [summary([run[k][n][m] for run in found]) for k, n, m in columns] for method, found in rows.items()
+    }
+    body = [[method, *(cell(value, 3) for value in values)] for method, values in cells.items()]
+    content = {method: dict(zip(head[1:], values, strict=True)) for method, values in cells.items()}
+    write_table(runs.folder, f"{runs.name}, mean ± standard error", head, body, content, runs.console)
+
+
+if __name__ == "__main__":
+    typer.run(main)
