@@ -209,31 +209,38 @@ class BayesianModel(nn.Module):
     def fit_spread(
         self,
         loader: Iterable[Any],
-        method: Literal["fisher", "search"] = "fisher",
+        method: Literal["fisher", "low-rank", "search"] = "fisher",
         *,
-        prior_scale: float = 0.3,
+        prior_scale: float | None = None,
+        validation: Iterable[Any] | None = None,
         seed: int = 0,
     ) -> SpreadFit:
-        """Set the spread of every factor from data, without training; `predict(samples=...)` then draws from it.
+        """Make a pretrained network Bayesian without training: spread its factors as far as data allow.
 
-        The members' means stay as they are. For a pretrained network that is not trained any further, convert it with
-        ``init="ones"``, so that they are the network itself.
+        Convert it with ``init="ones"``, so that all members are the network itself. The spread is that of the Laplace
+        approximation in the space of the factors, whose precision is N · Fisher information + 1 / prior_scale².
 
         Args:
             loader: batches as `evaluate` takes them, of data like those the network was trained on.
-            method: "fisher", in one pass: the Laplace approximation with a diagonal Fisher information,
-                variance = 1 / (N · Fisher + 1 / prior_scale²); labels are not needed. "search", in up to 11 passes: the
-                one spread of all factors with the lowest NLL of the labels.
-            prior_scale: standard deviation of a factor that the data say nothing of ("fisher").
-            seed: of the labels or samples that are drawn.
+            method: "fisher": the diagonal of the information, in one pass; sets the spread of every factor, which
+                ``predict(samples=...)`` draws from, and keeps the means. "low-rank": also its strongest 20 directions,
+                in one pass; the members' means become draws, in pairs around the network, and their own spread nearly
+                0, so that plain calls are calibrated. Neither looks at labels. "search", in up to 11 passes: the one
+                spread of all factors with the lowest NLL of the labels.
+            prior_scale: standard deviation of a factor that the data say nothing of; `None` is 0.3, or what validation
+                chooses.
+            validation: labeled batches that choose prior_scale, by NLL. The marginal likelihood cannot: the network is
+                the mean of the prior and its own optimum, so evidence falls with every wider prior.
+            seed: of the labels and samples that are drawn.
 
         Raises:
-            ConfigError: a posterior other than "normal".
-            DataError: no examples, no labels for the search, or outputs that are not classes. Nothing is changed then.
+            ConfigError: a posterior without a spread for each element; "low-rank" for members that differ.
+            DataError: no examples, no labels where they are needed, or outputs that are not classes. Nothing is changed
+                then.
         """
         from bayesify.calibration import fit_spread
 
-        return fit_spread(self, loader, method=method, prior_scale=prior_scale, seed=seed)
+        return fit_spread(self, loader, method=method, prior_scale=prior_scale, validation=validation, seed=seed)
 
     def fit_temperature(self, loader: Iterable[Any], *, samples: int | None = None, seed: int = 0) -> float:
         """Set the temperature that gives the predictive the lowest NLL on validation data, and return it.

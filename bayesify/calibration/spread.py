@@ -1,150 +1,186 @@
-"""The spread of the factors from data, without training: by the curvature of the likelihood, or by search.
-
-Legend: K members, B examples of a batch, N of all, D elements of all factors of one member.
-"""
+"""The spread of the factors from data, without training: by the curvature of the likelihood, or by search."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from bayesify.batch import Rows, split_batch
+from bayesify.calibration.fisher import fisher, low_rank_fisher
 from bayesify.config import check_number
 from bayesify.distributions import NormalFactor
 from bayesify.distributions.priors import SCALE_FLOOR
-from bayesify.errors import ConfigError, DataError
+from bayesify.errors import ConfigError
 from bayesify.evaluation.collect import collect_labeled
-from bayesify.modes import evaluating
-from bayesify.tasks import resolve_task
 
 if TYPE_CHECKING:
     from bayesify.model import BayesianModel
 
-Method = Literal["fisher", "search"]
+Method = Literal["fisher", "low-rank", "search"]
 
 SPREADS = tuple(0.01 * 2 ** (i / 2) for i in range(11))
 """What the search tries, from 0.01 to 0.32, until NLL rises."""
 SAMPLES = 8
-"""Draws a member with which the search compares spreads."""
+"""Draws a member with which spreads are compared."""
+PRIOR_SCALE = 0.3
+PRIOR_SCALES = (0.03, 0.1, 0.2, 0.3, 0.5)
+"""What validation chooses from, until NLL rises."""
+RANK = 20
+"""Directions of the low-rank part."""
 
 
 @dataclass(frozen=True)
 class SpreadFit:
-    """What was set: the mean spread over all elements, and the number of examples it was fitted on."""
+    """What was set.
+
+    Attributes:
+        spread: mean standard deviation over all elements; of the members' means around 1 for "low-rank".
+        examples: how many it was fitted on.
+        prior_scale: the one given or chosen; None for "search".
+    """
 
     spread: float
     examples: int
+    prior_scale: float | None = None
 
 
 def fit_spread(
-    bnn: BayesianModel, loader: Iterable[Any], *, method: Method, prior_scale: float = 0.3, seed: int = 0
+    bnn: BayesianModel,
+    loader: Iterable[Any],
+    *,
+    method: Method,
+    prior_scale: float | None = None,
+    validation: Iterable[Any] | None = None,
+    seed: int = 0,
 ) -> SpreadFit:
     """Set the spread of every factor; see `BayesianModel.fit_spread`."""
-    if method not in ("fisher", "search"):
-        raise ConfigError(f"method={method!r} is unknown; expected 'fisher' or 'search'.")
-    check_number("prior_scale", prior_scale, "positive", lambda v: 0.0 < v < math.inf)
+    if method not in ("fisher", "low-rank", "search"):
+        raise ConfigError(f"method={method!r} is unknown; expected 'fisher', 'low-rank' or 'search'.")
+    if prior_scale is not None:
+        check_number("prior_scale", prior_scale, "positive", lambda v: 0.0 < v < math.inf)
+    if validation is not None and (prior_scale is not None or method == "search"):
+        raise ConfigError("validation chooses the prior_scale of 'fisher' and 'low-rank'; leave prior_scale out.")
     if bnn.config.posterior != "normal":
         raise ConfigError(
             f"fit_spread needs a spread for every element, as posterior='normal' has; found {bnn.config.posterior!r}."
         )
     factors: list[NormalFactor] = [f for _, _, f in bnn.factors()]  # type: ignore[misc]
-    if method == "search":
-        return _search(bnn, factors, list(loader), seed)
-    curvature, count = fisher(bnn, loader, seed)
-    for factor, own in zip(factors, curvature, strict=True):
-        _set(factor, (count * own + prior_scale**-2).rsqrt())
+    with _kept(factors):
+        if method == "search":
+            fit = _search(bnn, factors, list(loader), seed)
+        else:
+            place, count = (_diagonal if method == "fisher" else _low_rank)(bnn, factors, loader, seed)
+            if validation is None:
+                chosen = PRIOR_SCALE if prior_scale is None else float(prior_scale)
+            else:
+                samples = SAMPLES if method == "fisher" else None
+                chosen = _lowest_nll(bnn, PRIOR_SCALES, place, list(validation), samples, seed)[0]
+            fit = SpreadFit(place(chosen), count, chosen)
     bnn.temperature, bnn.conformal = 1.0, None  # they were those of another predictive
-    return SpreadFit(_mean_spread(factors), count)
+    return fit
 
 
-def fisher(bnn: BayesianModel, loader: Iterable[Any], seed: int = 0) -> tuple[list[Tensor], int]:
-    """[K, d] mean over examples of the squared gradient of log p(y | x), for each factor at its mean, and N.
+def _diagonal(
+    bnn: BayesianModel, factors: list[NormalFactor], loader: Iterable[Any], seed: int
+) -> tuple[Callable[[float], float], int]:
+    """A function of prior_scale that sets variance = 1 / (N · Fisher + 1 / prior_scale²), and N."""
+    curvature, count = fisher(bnn, loader, seed)
 
-    y is drawn from the member's own prediction, which makes this the diagonal of the Fisher information, not of the
-    empirical one. Labels in the data are not used. Every row has its own copy of the factors, so one backward pass
-    gives the gradients of all examples.
+    def place(prior_scale: float) -> float:
+        for factor, own in zip(factors, curvature, strict=True):
+            _set_scale(factor, (count * own + prior_scale**-2).rsqrt())
+        return float(torch.cat([factor.scale.detach().flatten() for factor in factors]).mean())
 
-    Raises:
-        DataError: no examples, or outputs that are not classes.
+    return place, count
+
+
+def _low_rank(
+    bnn: BayesianModel, factors: list[NormalFactor], loader: Iterable[Any], seed: int
+) -> tuple[Callable[[float], float], int]:
+    """A function of prior_scale that moves the members' means to draws, and N.
+
+    The precision is N · (Uᵀ U + diag(v)) + 1 / prior_scale² = D½ (1 + Aᵀ A) D½ with A = √N U D^-½; so a draw is
+    D^-½ (1 + Aᵀ A)^-½ z, for which the singular vectors of A are enough. Every other draw is the opposite of the one
+    before, so that the mean over an even number of members is the network itself, to first order.
     """
-    factors = [f for _, _, f in bnn.factors()]
-    sums = [torch.zeros_like(factor.mean, dtype=torch.float64) for factor in factors]
-    device, count = factors[0].mean.device, 0
-    generator = torch.Generator(device).manual_seed(seed)
-    with evaluating(bnn), torch.enable_grad():
-        for batch in loader:
-            args, kwargs, _ = split_batch(_to(batch, device))
-            bnn.settled(lambda: None, args, kwargs)
-            examples = Rows(bnn.model).batch_size(args, kwargs)
-            for member in range(bnn.members):
-                gradients = _gradients(bnn, partial(bnn.model, *args, **kwargs), factors, member, examples, generator)
-                for total, gradient in zip(sums, gradients, strict=True):
-                    total[member] += gradient.double().square().sum(0)
-            count += examples
-    if not count:
-        raise DataError("there is no example in the data: every batch is empty.")
-    return [(total / count).float() for total in sums], count
+    if any(not torch.equal(factor.mean, factor.mean[:1].expand_as(factor.mean)) for factor in factors):
+        raise ConfigError(
+            "method='low-rank' makes the members draws around one network, but they differ already; convert with "
+            "init='ones', or use method='fisher', which keeps their means."
+        )
+    if bnn.members < 2:
+        raise ConfigError(
+            "method='low-rank' makes the members draws around the network; convert with members=2 or more."
+        )
+    directions, rest, count = low_rank_fisher(bnn, loader, RANK, seed)
+    start = torch.cat([factor.mean[0].detach() for factor in factors])
+    generator = torch.Generator(start.device).manual_seed(seed)
+    shape = ((bnn.members + 1) // 2, len(start))
+    z = torch.randn(shape, generator=generator, device=start.device)
+    z = torch.stack([z, -z], 1).flatten(0, 1)[: bnn.members]
 
+    def place(prior_scale: float) -> float:
+        diagonal = count * rest + prior_scale**-2
+        _, s, v = torch.linalg.svd(count**0.5 * directions / diagonal.sqrt(), full_matrices=False)
+        draws = (z + (z @ v.T * ((1 + s.square()).rsqrt() - 1)) @ v) / diagonal.sqrt()
+        for factor, own in zip(factors, (start + draws).split([f.mean.shape[1] for f in factors], 1), strict=True):
+            with torch.no_grad():
+                factor.loc.copy_(own)
+            _set_scale(factor, torch.full_like(factor.rho, SCALE_FLOOR))
+        return float(draws.square().mean().sqrt())
 
-def _gradients(
-    bnn: BayesianModel, call: Callable[[], Any], factors: list[Any], member: int, examples: int, generator: Any
-) -> list[Tensor]:
-    """[B, d] for each factor: the gradient of each example's log-likelihood of a label drawn for it."""
-    with bnn.passes.draws.drawn(slice(member, member + 1), examples, None):
-        leaves = [factor.mean[member].detach().repeat(examples, 1).requires_grad_() for factor in factors]
-        for factor, leaf in zip(factors, leaves, strict=True):
-            factor.hold(leaf)
-        logits = Rows(bnn.model).outputs(call())
-        task = resolve_task(logits, bnn.task)
-        if task != "classification":
-            raise DataError(f"the Fisher information is computed for classes; these are outputs of a {task}.")
-        log_probs = logits.float().log_softmax(-1).flatten(0, -2)
-        labels = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
-        return list(torch.autograd.grad(log_probs.gather(1, labels).sum(), leaves))
+    return place, count
 
 
 def _search(bnn: BayesianModel, factors: list[NormalFactor], batches: list[Any], seed: int) -> SpreadFit:
-    before = [factor.rho.detach().clone() for factor in factors]
-    best: tuple[float, float] | None = None
-    examples = 0
+    def place(spread: float) -> float:
+        for factor in factors:
+            _set_scale(factor, torch.full_like(factor.rho, spread))
+        return spread
+
+    chosen, examples = _lowest_nll(bnn, SPREADS, place, batches, SAMPLES, seed)
+    return SpreadFit(place(chosen), examples)
+
+
+def _lowest_nll(
+    bnn: BayesianModel,
+    values: tuple[float, ...],
+    place: Callable[[float], float],
+    batches: list[Any],
+    samples: int | None,
+    seed: int,
+) -> tuple[float, int]:
+    """The value with the lowest NLL of the labels, tried in order until it rises, and the number of examples."""
+    best, examples = (math.inf, values[0]), 0
+    for value in values:
+        place(value)
+        predictive, labels = collect_labeled(bnn, batches, samples=samples, seed=seed, progress=False)
+        examples, nll = len(predictive), float(predictive.nll(labels))
+        if not nll < best[0]:
+            break
+        best = (nll, value)
+    return best[1], examples
+
+
+@contextmanager
+def _kept(factors: list[NormalFactor]) -> Iterator[None]:
+    """Put means and spreads back if it fails."""
+    before = [(p, p.detach().clone()) for factor in factors for p in (factor.loc, factor.rho)]
     try:
-        for spread in SPREADS:
-            for factor in factors:
-                _set(factor, torch.full_like(factor.rho, spread))
-            predictive, labels = collect_labeled(bnn, batches, samples=SAMPLES, seed=seed, progress=False)
-            examples, nll = len(predictive), float(predictive.nll(labels))
-            if best is not None and not nll < best[0]:
-                break
-            best = (nll, spread)
+        yield
     except BaseException:
         with torch.no_grad():
-            for factor, rho in zip(factors, before, strict=True):
-                factor.rho.copy_(rho)
+            for parameter, value in before:
+                parameter.copy_(value)
         raise
-    chosen = SPREADS[0] if best is None else best[1]
-    for factor in factors:
-        _set(factor, torch.full_like(factor.rho, chosen))
-    bnn.temperature, bnn.conformal = 1.0, None
-    return SpreadFit(chosen, examples)
 
 
 @torch.no_grad()
-def _set(factor: NormalFactor, scale: Tensor) -> None:
+def _set_scale(factor: NormalFactor, scale: Tensor) -> None:
     softplus = (scale.float() - SCALE_FLOOR).clamp_min(1e-12)
     factor.rho.copy_(softplus + torch.log(-torch.expm1(-softplus)))
-
-
-def _mean_spread(factors: list[NormalFactor]) -> float:
-    return float(torch.cat([factor.scale.detach().flatten() for factor in factors]).mean())
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    from accelerate.utils import send_to_device
-
-    return send_to_device(batch, device)

@@ -137,9 +137,7 @@ def line(result: dict[str, Any]) -> str:
         for kind in ("plain", "scaled"):
             if name in result[kind]:
                 row = result[kind][name]
-                parts.append(
-                    f"{name} {kind}: {row['accuracy']:.4f} {row['nll']:.4f} {row['ece']:.4f} d {row['disagreement']:.3f}"
-                )
+                parts.append(f"{name} {kind}: " + " ".join(f"{row[metric]:.4f}" for metric in CLASSIFIED))
     for name, row in result["plain"].items():
         if name.startswith("outside"):
             parts.append(f"{name}: {row['entropy']:.3f} {row['mutual_information']:.3f}")
@@ -169,8 +167,14 @@ def main(
 def tabulate(runs: Runs, rows: dict[str, list[dict[str, Any]]]) -> None:
     """Mean ± standard error over the seeds."""
     first = next(iter(rows.values()))[0]
-    columns = [(kind, name, metric) for name in ("clean", "shifted") for kind in ("plain", "scaled")
-               for metric in CLASSIFIED if name in first[kind] and (kind, metric) not in (("scaled", "accuracy"), ("scaled", "disagreement"))]  # fmt: skip
+    metrics = {"plain": CLASSIFIED, "scaled": ("nll", "ece")}
+    columns = [
+        (kind, name, metric)
+        for name in ("clean", "shifted")
+        for kind in metrics
+        for metric in metrics[kind]
+        if name in first[kind]
+    ]
     columns += [
         ("plain", name, key)
         for name in first["plain"]

@@ -1,4 +1,4 @@
-"""The methods: a task and a seed to outputs [K, S, N, C] for every set, all under the same steps, batches and schedule."""
+"""The methods: a task and a seed to outputs [K, S, N, C] of every set; steps, batches and schedule are the same."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def plain(task: Task, seed: int, **options: Any) -> nn.Module:
     return tuned(task, seed, task.network(seed), **options)
 
 
-def deterministic(task: Task, seed: int, **options: Any) -> Predict:
-    model = plain(task, seed, **options)
+def deterministic(task: Task, seed: int, tuning: dict[str, Any] | None = None) -> Predict:
+    model = plain(task, seed, **(tuning or {}))
     return lambda batches: outputs_of(model, batches)
 
 
@@ -114,12 +114,12 @@ def mc_dropout(task: Task, seed: int, rate: float = 0.1) -> Predict:
     model = Drawn(network)
 
     def predict(batches: Batches) -> Tensor:
-        return outputs_of(_as_is(model), batches, DRAWS)
+        return outputs_of(_AsIs(model), batches, DRAWS)
 
     return predict
 
 
-class _as_is:
+class _AsIs:
     """A model whose modes an evaluation leaves alone."""
 
     members = 1
@@ -158,7 +158,7 @@ def swag(task: Task, seed: int) -> Predict:
 
 
 def laplace(task: Task, seed: int) -> Predict:
-    """Last-layer Laplace (Kronecker factors, prior by marginal likelihood, draws of the last layer), by laplace-torch."""
+    """Last-layer Laplace by laplace-torch: Kronecker factors, prior by marginal likelihood, draws of the last layer."""
     from laplace import Laplace
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -211,8 +211,6 @@ def mean_field(task: Task, seed: int, delta: float = 0.05) -> Predict:
 
 def _train(network: nn.Module, task: Task, config: FineTuneConfig, kl: Callable[[], Tensor]) -> None:
     """The loop of `FineTuner` with another KL, without selection of a state."""
-    from torch.utils.data import DataLoader
-
     from bayesify.finetune.groups import make_optimizer, make_schedule
 
     torch.manual_seed(config.seed)
@@ -231,7 +229,6 @@ def _train(network: nn.Module, task: Task, config: FineTuneConfig, kl: Callable[
             nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
         optimizer.step()
         schedule.step()
-    del DataLoader
 
 
 def _endless(task: Task, config: FineTuneConfig) -> Iterator[Any]:

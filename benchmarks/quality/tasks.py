@@ -21,8 +21,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from bayesify import FineTuneConfig, FineTuner
 
-for name in ("cifar", "mimic3", "solar_cells"):
-    sys.path.append(str(Path(__file__).parents[2] / "integrations" / name))
+sys.path.extend(str(Path(__file__).parents[2] / "integrations" / name) for name in ("cifar", "mimic3", "solar_cells"))
 from data import Images
 from demo import write_base
 from network import MortalityLSTM
@@ -30,7 +29,9 @@ from records import load_physionet2012
 
 DATA = Path(os.environ.get("BAYESIFY_DATA", "."))
 CACHE = Path("runs/quality/cache")
+INCEPTION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation of the images: EfficientNet-Lite0 takes the former, the CIFAR ResNets the latter."""
 CORRUPTIONS = ("gaussian_noise", "defocus_blur", "brightness", "contrast", "jpeg_compression")
 """One of each family, and contrast."""
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -110,7 +111,7 @@ def _stack(images: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def corrupted(name: str, images: Tensor, labels: Tensor, count: int) -> dict[str, Images]:
+def corrupted(name: str, images: Tensor, labels: Tensor, count: int) -> dict[str, tuple[Tensor, Tensor]]:
     """The first `count` images under each corruption, all severities one after the other; kept on disk."""
     from bayesify.evaluation.imagecorruptions_compat import corrupt
 
@@ -123,13 +124,8 @@ def corrupted(name: str, images: Tensor, labels: Tensor, count: int) -> dict[str
             rows = [Image.fromarray(row) for row in images[:count].permute(0, 2, 3, 1).numpy()]
             made = [np.asarray(corrupt(row, corruption, severity)) for severity in SEVERITIES for row in rows]
             np.save(path, _stack(made).numpy())
-        sets[corruption] = imagenet(torch.from_numpy(np.load(path)), labels[:count].repeat(len(SEVERITIES)))
+        sets[corruption] = torch.from_numpy(np.load(path)), labels[:count].repeat(len(SEVERITIES))
     return sets
-
-
-def imagenet(images: Tensor, labels: Tensor, **options: Any) -> Images:
-    mean, std = IMAGENET
-    return Images(images, labels, mean=mean, std=std, **options)
 
 
 def lite0(classes: int) -> Callable[[int], nn.Module]:
@@ -157,14 +153,16 @@ def _image_task(
     test: tuple[Tensor, Tensor],
     count: int,
     outside: dict[str, tuple[Tensor, Tensor]],
+    scaling: tuple[tuple[float, ...], tuple[float, ...]] = INCEPTION,
     **options: Any,
 ) -> Task:
-    tests = {"clean": imagenet(*test), **corrupted(name, *test, count)}
+    mean, std = scaling
+    tests = {"clean": test, **corrupted(name, *test, count)}
     return Task(
-        train=imagenet(*train, training=True),
-        validation=imagenet(*validation),
-        tests={key: batches_of(data) for key, data in tests.items()},
-        outside={key: batches_of(imagenet(*data)) for key, data in outside.items()},
+        train=Images(*train, mean=mean, std=std, training=True),
+        validation=Images(*validation, mean=mean, std=std),
+        tests={key: batches_of(Images(*data, mean=mean, std=std)) for key, data in tests.items()},
+        outside={key: batches_of(Images(*data, mean=mean, std=std)) for key, data in outside.items()},
         **options,
     )
 
@@ -295,6 +293,7 @@ def resnet20() -> Task:
         (images[5000:], labels[5000:]),
         300,
         {"CIFAR-100": pictures("cifar100/test-*.parquet", 32, 2000)},
+        scaling=IMAGENET,
         network=_resnet20,
         tuning=FineTuneConfig(steps=250, batch_size=64, learning_rate=3e-4, eval_every=125),
         head="linear",

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesify import BayesianModel, bayesify
-from bayesify.calibration.spread import SPREADS, fisher
+from bayesify.calibration.fisher import example_gradients, fisher, low_rank_fisher
+from bayesify.calibration.spread import PRIOR_SCALES, RANK, SPREADS
 from bayesify.errors import ConfigError, DataError
 
 
@@ -89,6 +90,7 @@ def test_search_takes_the_spread_of_lowest_nll() -> None:
     ("batches", "method", "error"),
     [
         ([], "fisher", DataError),
+        ([], "low-rank", ConfigError),
         ([], "search", DataError),
         ([torch.randn(3, 5)], "search", DataError),
         ([], "x", ConfigError),
@@ -107,3 +109,72 @@ def test_other_posteriors_and_tasks_are_refused() -> None:
         converted(posterior="deterministic").fit_spread([data()])
     with pytest.raises(DataError, match="classes"):
         bayesify(network(), task="regression").fit_spread([data()])
+
+
+def test_low_rank_and_diagonal_add_up_to_the_information() -> None:
+    bnn, (x, _) = converted(init="ones"), data(40)
+    gradients = torch.cat([torch.cat(g, 1) for _, g in example_gradients(bnn, [x[:16], x[16:]], range(1), 0)])
+    information = gradients.T @ gradients / 40
+    full, rest, count = low_rank_fisher(bnn, [x[:16], x[16:]], rank=len(information), seed=0)
+    assert count == 40
+    torch.testing.assert_close(full.T @ full, information, rtol=1e-4, atol=1e-7)
+    assert rest.abs().max() < 1e-5
+    some, rest, _ = low_rank_fisher(bnn, [x[:16], x[16:]], rank=3, seed=0)
+    assert some.shape == (3, len(information))
+    torch.testing.assert_close((some.T @ some + rest.diag()).diagonal(), information.diagonal(), rtol=1e-4, atol=1e-7)
+    values, vectors = torch.linalg.eigh(information)
+    nearest = (vectors[:, -3:] * values[-3:]) @ vectors[:, -3:].T
+    assert (some.T @ some - nearest).norm() < 0.1 * nearest.norm()
+
+
+def test_members_are_draws_with_the_covariance_of_laplace() -> None:
+    members, scale = 4000, 0.2
+    bnn, (x, _) = converted(members=members, init="ones"), data(40)
+    fit = bnn.fit_spread([x], "low-rank", prior_scale=scale)
+    directions, rest, count = low_rank_fisher(bayesify(network(), init="ones"), [x], RANK)
+    precision = count * (directions.T @ directions + rest.diag()) + torch.eye(len(rest)) / scale**2
+    means = torch.cat([factor.mean.detach() for _, _, factor in bnn.factors()], 1) - 1
+    torch.testing.assert_close(means[::2], -means[1::2], rtol=0, atol=1e-5)
+    covariance = means[::2].T @ means[::2] / (members // 2)
+    expected = torch.linalg.inv(precision)
+    deviations = expected.diagonal().sqrt()
+    assert ((covariance - expected) / deviations.outer(deviations)).abs().max() < 0.12
+    assert fit.spread == pytest.approx(float(covariance.diagonal().mean().sqrt()), rel=0.01)
+    assert fit.prior_scale == scale
+    assert all(float(factor.scale.max()) < 1e-5 for _, _, factor in bnn.factors())
+
+
+def test_validation_chooses_the_prior() -> None:
+    x, _ = data(200)
+    y = torch.randint(3, (200,), generator=torch.Generator().manual_seed(2))
+
+    def sure(**options: Any) -> BayesianModel:
+        bnn = converted(init="ones", **options)
+        with torch.no_grad():
+            bnn.model.get_parameter("2.weight").mul_(20)
+        return bnn
+
+    for method in ("fisher", "low-rank"):
+        bnn = sure(members=4)
+        fit = bnn.fit_spread([x[:100]], method, validation=[(x[100:], y[100:])])  # type: ignore[arg-type]
+        assert fit.prior_scale in PRIOR_SCALES
+        samples = 8 if method == "fisher" else None
+        chosen = float(bnn.predict(x[100:], samples=samples, seed=0).nll(y[100:]))
+        for scale in PRIOR_SCALES[: PRIOR_SCALES.index(fit.prior_scale) + 2]:
+            other = sure(members=4)
+            other.fit_spread([x[:100]], method, prior_scale=scale)  # type: ignore[arg-type]
+            assert chosen <= float(other.predict(x[100:], samples=samples, seed=0).nll(y[100:])) + 1e-6
+
+
+def test_low_rank_needs_one_network_and_several_members() -> None:
+    with pytest.raises(ConfigError, match="init='ones'"):
+        converted().fit_spread([data()], "low-rank")
+    with pytest.raises(ConfigError, match="members=2"):
+        converted(members=1, init="ones").fit_spread([data()], "low-rank")
+    bnn = converted(init="ones")
+    before = state(bnn)
+    with pytest.raises(ConfigError, match="leave prior_scale out"):
+        bnn.fit_spread([data()], prior_scale=0.1, validation=[data()])
+    with pytest.raises(DataError, match="labels"):
+        bnn.fit_spread([data()], "low-rank", validation=[data()[0]])
+    assert all(torch.equal(value, before[name]) for name, value in bnn.state_dict().items())
