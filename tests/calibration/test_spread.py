@@ -141,7 +141,7 @@ def test_members_are_draws_with_the_covariance_of_laplace() -> None:
     assert ((covariance - expected) / deviations.outer(deviations)).abs().max() < 0.12
     assert fit.spread == pytest.approx(float(covariance.diagonal().mean().sqrt()), rel=0.01)
     assert fit.prior_scale == scale
-    assert all(float(factor.scale.max()) < 1e-5 for _, _, factor in bnn.factors())
+    assert all(factor.scale.max() < 1e-5 for _, _, factor in bnn.factors())
 
 
 def test_validation_chooses_the_prior() -> None:
