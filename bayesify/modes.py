@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Evaluation mode for a while, and training mode without that of batch norms."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @contextmanager
@@ -23,3 +24,12 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def start_training(model: nn.Module, *, freeze_batch_norm: bool = False) -> None:
+    """Training mode; frozen batch norms stay in evaluation mode, if they have running statistics."""
+    model.train()
+    if freeze_batch_norm:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and module.track_running_stats:
+                module.eval()

@@ -44,6 +44,8 @@ class FineTuneConfig:
             and what `train_also` names.
         train_also: name patterns of slow weights that train with the factors (full dotted names or globs).
         norms_and_biases: with train="factors", also train norms and biases (all one-dimensional weights).
+        freeze_batch_norm: batch norms keep their running statistics and normalize with them, as in evaluation; scales
+            and shifts train as ever. Small batches give poor statistics, and members see one another through them.
         expand: "replicate" shows every example to every member; "partition" gives each member B/K of the batch.
         likelihood: "average" of the members' log-likelihoods, or of the "mixture".
         train_samples: draws of the factors for each row and step; the losses of several are averaged, one forward each.
@@ -78,6 +80,7 @@ class FineTuneConfig:
     train: Trained = "all"
     train_also: tuple[str, ...] = ()
     norms_and_biases: bool = False
+    freeze_batch_norm: bool = False
     expand: Expansion = "replicate"
     likelihood: Likelihood = "average"
     train_samples: int = 1
@@ -108,7 +111,7 @@ class FineTuneConfig:
         milestones = self.milestones if isinstance(self.milestones, (tuple, list)) else (self.milestones,)
         object.__setattr__(self, "milestones", tuple(milestones))
         check_choices(self, _CHOICES)
-        check_flags(self, "norms_and_biases")
+        check_flags(self, "norms_and_biases", "freeze_batch_norm")
         for kind in self.weight_decay_on:
             if kind not in get_args(Decayed):
                 raise ConfigError(

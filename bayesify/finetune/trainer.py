@@ -33,6 +33,7 @@ from bayesify.finetune.config import FineTuneConfig
 from bayesify.finetune.groups import make_optimizer, make_schedule, select_trained
 from bayesify.finetune.log import TrainingLog
 from bayesify.model import BayesianModel
+from bayesify.modes import start_training
 from bayesify.objective import ELBO, ELBOTerms, task_nll
 from bayesify.predictive import Predictive
 from bayesify.tasks import TASKS, TaskName, task_of
@@ -153,7 +154,7 @@ class FineTuner:
                 self.model.temperature, self.model.conformal = 1.0, None  # type: ignore[assignment]
             with TrainingLog(accelerator, path, progress["step"], self.total_steps, self.progress) as log:
                 for step in range(progress["step"], self.total_steps):
-                    model.train()
+                    start_training(model, freeze_batch_norm=config.freeze_batch_norm)
                     terms = self._step(model, optimizer, objective, batches, step)
                     scheduler.step()
                     done = step + 1

@@ -1,24 +1,27 @@
 """Fine-tuned pretrained networks: how good are the probabilities, beside other methods at equal steps?
 
     python benchmarks/quality/finetuned.py resnet20                       # all rows of a task, then its table
-    python benchmarks/quality/finetuned.py clinc-10 --methods rank1 --options '{"init_scale": 0.3}' --seeds 1
+    python benchmarks/quality/finetuned.py clinc-10 --rows rank1 --options '{"init_scale": 0.3}' --seeds 1
 
 Every run is a JSON file; what is there is not run again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import methods
+import others
 import torch
 import typer
-from methods import MEMBERS, METHODS, Predict
+from methods import MEMBERS, Predict, key_of
 from results import cell, read, summary, write_table
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from tasks import TASKS, Batches, Task, batches_of
 from torch import Tensor
 
@@ -28,6 +31,18 @@ from bayesify.evaluation.metrics import metrics_from_scores
 from bayesify.evaluation.scores import doubts, score
 from bayesify.files import write_json
 
+METHODS: dict[str, Callable[..., Predict]] = {
+    "deterministic": methods.deterministic,
+    "untouched": methods.untouched,
+    "rank1": methods.rank1,
+    "batchensemble": methods.batch_ensemble,
+    "spread": methods.spread,
+    "mc-dropout": others.mc_dropout,
+    "swag": others.swag,
+    "laplace": others.laplace,
+    "mean-field": others.mean_field,
+    "lora": others.lora,
+}
 CLASSIFIED = ("accuracy", "nll", "ece", "disagreement")
 
 
@@ -99,8 +114,7 @@ class Runs:
         return self._task
 
     def path(self, method: str, options: dict[str, Any], seed: int, ending: str = "json") -> Path:
-        key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8] if options else "default"
-        return self.folder / "runs" / f"{method}-{key}-seed{seed}.{ending}"
+        return self.folder / "runs" / f"{method}-{key_of(options)}-seed{seed}.{ending}"
 
     def run(self, method: str, options: dict[str, Any], seed: int) -> dict[str, Any]:
         """The metrics of a run, which is made if it is not there."""
@@ -116,7 +130,7 @@ class Runs:
         result["seconds"] = round(time.perf_counter() - started, 1)
         if method == "deterministic":
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(outputs, self.path(method, options, seed, "pt"))
+            save_file(outputs, self.path(method, options, seed, "safetensors"))
         write_json(path, result, indent=1)
         self.console.print(f"{self.name} {line(result)}")
         return result
@@ -126,7 +140,7 @@ class Runs:
         found = []
         for own in range(MEMBERS * seed, MEMBERS * (seed + 1)):
             self.run("deterministic", options, own)
-            found.append(torch.load(self.path("deterministic", options, own, "pt"), weights_only=True))
+            found.append(load_file(self.path("deterministic", options, own, "safetensors")))
         return {name: torch.cat([outputs[name] for outputs in found]) for name in found[0]}
 
 
@@ -146,7 +160,9 @@ def line(result: dict[str, Any]) -> str:
 
 def main(
     task: Annotated[str, typer.Argument(help=f"One of {', '.join(TASKS)}.")],
-    methods: Annotated[str, typer.Option(help="Comma-separated rows.")] = "deterministic,ensemble,rank1",
+    rows: Annotated[
+        str, typer.Option(help=f"Comma-separated, of {', '.join(METHODS)}, ensemble.")
+    ] = "deterministic,ensemble,rank1",
     options: Annotated[str, typer.Option(help="Options of the methods, as JSON.")] = "{}",
     seeds: Annotated[int, typer.Option(help="Number of seeds, from 0.")] = 3,
     output: Annotated[Path, typer.Option(help="Folder for runs and tables.")] = Path("runs/quality/finetuned"),
@@ -155,13 +171,13 @@ def main(
     torch.set_num_threads(1)
     console = Console(width=400)
     runs = Runs(task, output, console)
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for method in methods.split(","):
+    found: dict[str, list[dict[str, Any]]] = {}
+    for method in rows.split(","):
         for seed in range(seeds):
             own = MEMBERS * seed if method == "deterministic" else seed
-            rows.setdefault(method, []).append(runs.run(method, json.loads(options), own))
+            found.setdefault(method, []).append(runs.run(method, json.loads(options), own))
     if table:
-        tabulate(runs, rows)
+        tabulate(runs, found)
 
 
 def tabulate(runs: Runs, rows: dict[str, list[dict[str, Any]]]) -> None:

