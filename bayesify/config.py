@@ -96,7 +96,8 @@ class Rank1Config:
             with probability sign_probability and −1 otherwise ("random-sign", as published: for training from scratch;
             it destroys pretrained features). Added factors start at or around 0, and have no signs; positive ones at
             exp(N(0, init_scale²)).
-        init_scale: standard deviation of that draw.
+        init_scale: standard deviation of that draw; `None` is 0.5 / sqrt(number of sites), so that few sites and many
+            move a member equally far from the pretrained network (measured: benchmarks/quality).
         sign_probability: probability of +1 with init="random-sign".
         posterior_scale: spread of the posterior at the start.
         dropout_rate: the same spread given as the rate p of the equivalent Gaussian dropout,
@@ -129,7 +130,7 @@ class Rank1Config:
     prior_loc: float | None = None
     prior_scale: float = 0.1
     init: InitName = "normal"
-    init_scale: float = 0.1
+    init_scale: float | None = None
     sign_probability: float = 0.5
     posterior_scale: float | None = None
     dropout_rate: float | None = None
@@ -167,7 +168,7 @@ class Rank1Config:
             ("prior_loc", "finite", math.isfinite),
         ):
             value = getattr(self, name)
-            if value is not None or name not in ("posterior_scale", "dropout_rate", "prior_loc"):
+            if value is not None or name not in ("init_scale", "posterior_scale", "dropout_rate", "prior_loc"):
                 check_number(name, value, allowed, holds)
         self._check_meaning()
 
@@ -206,6 +207,10 @@ class Rank1Config:
             return self.posterior_scale
         rate = 1e-3 if self.dropout_rate is None else self.dropout_rate
         return math.sqrt(rate / (1.0 - rate))
+
+    def start_scale(self, sites: int = 1) -> float:
+        """`init_scale`, or its default for a network with so many sites."""
+        return 0.5 / math.sqrt(max(1, sites)) if self.init_scale is None else self.init_scale
 
     def non_defaults(self) -> dict[str, Any]:
         """The fields that differ from their defaults, ready for JSON."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
@@ -29,6 +31,7 @@ from bayesify.layers import (
 
 def swap(plan: Plan, config: Rank1Config) -> None:
     """Convert every layer of the plan in place; on any failure the model is as it was."""
+    config = dataclasses.replace(config, init_scale=config.start_scale(len(plan.sites())))
     done: list[nn.Module] = []
     try:
         for name, layer in plan.layers.items():

@@ -90,8 +90,14 @@ def batch_ensemble(task: Task, seed: int) -> Predict:
     return rank1(task, seed, posterior="deterministic")
 
 
-def spread(task: Task, seed: int, method: str = "fisher", **options: Any) -> Predict:
-    """No training: the spread of one member's factors, from the training data."""
-    model: BayesianModel = bayesify(task.network(seed), members=1, init="ones", noise="member")
-    model.fit_spread(batches_of(evaluation_of(task.train)), method, seed=seed, **options)  # type: ignore[arg-type]
-    return lambda batches: outputs_of(model, batches, DRAWS)
+def spread(task: Task, seed: int, method: str = "fisher", validated: bool = False) -> Predict:
+    """No training: eight draws around the pretrained network, their spread from the training data.
+
+    With the labels of the validation set, if they are to choose the prior.
+    """
+    members = DRAWS if method == "low-rank" else 1
+    model: BayesianModel = bayesify(task.network(seed), members=members, init="ones", noise="member")
+    validation = batches_of(task.validation) if validated else None
+    data = task.validation if method == "search" else evaluation_of(task.train)
+    model.fit_spread(batches_of(data), method, validation=validation, seed=seed)  # type: ignore[arg-type]
+    return lambda batches: outputs_of(model, batches, None if method == "low-rank" else DRAWS)

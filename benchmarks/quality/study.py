@@ -18,13 +18,18 @@ from tasks import TASKS
 STAGE = {"sites": "last-stage"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("deterministic", {}),
+    "plain, batch norm trains": ("deterministic", {"tuning": {"freeze_batch_norm": False}}),
     "plain, 1e-4": ("deterministic", {"tuning": {"learning_rate": 1e-4}}),
-    "stage 0.1": ("rank1", STAGE),
+    "stage 0.1": ("rank1", {**STAGE, "init_scale": 0.1}),
     "stage 0.3": ("rank1", {**STAGE, "init_scale": 0.3}),
     "stage 0.3, spread 0.1": ("rank1", {**STAGE, "init_scale": 0.3, "posterior_scale": 0.1, "prior_scale": 0.3}),
     "stage 0.3, spread 0.3": ("rank1", {**STAGE, "init_scale": 0.3, "posterior_scale": 0.3, "prior_scale": 0.5}),
     "stage 0.3, factors slow": ("rank1", {**STAGE, "init_scale": 0.3, "tuning": {"factor_lr_multiplier": 1.0}}),
-    "all 0.1": ("rank1", {}),
+    "stage": ("rank1", STAGE),
+    "stage 0.2": ("rank1", {**STAGE, "init_scale": 0.2}),
+    "stage 0.2, factors 30": ("rank1", {**STAGE, "init_scale": 0.2, "tuning": {"factor_lr_multiplier": 30.0}}),
+    "stage 0.2, mixture": ("rank1", {**STAGE, "init_scale": 0.2, "tuning": {"likelihood": "mixture"}}),
+    "all": ("rank1", {"sites": "all"}),
 }
 
 

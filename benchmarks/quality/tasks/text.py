@@ -78,9 +78,9 @@ def _clinc(name: str, per_intent: int, validation: int, **tuning: Any) -> Task:
 
 def clinc_few() -> Task:
     """150 intents, ten queries of each to train and five to validate."""
-    return _clinc("clinc-10", 10, 5, steps=300, eval_every=100)
+    return _clinc("clinc-10", 10, 5, steps=300, learning_rate=5e-4, eval_every=100)
 
 
 def clinc() -> Task:
     """150 intents, a hundred queries of each to train and twenty to validate."""
-    return _clinc("clinc", 100, 20, steps=600, eval_every=300)
+    return _clinc("clinc", 100, 20, steps=600, learning_rate=5e-4, eval_every=300)
