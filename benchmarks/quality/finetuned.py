@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,14 +28,15 @@ from torch import Tensor
 
 from bayesify import Predictive
 from bayesify.batch import split_batch
-from bayesify.evaluation.metrics import metrics_from_scores
-from bayesify.evaluation.scores import doubts, score
+from bayesify.calibration.temperature import best_temperature
+from bayesify.evaluation.metrics import classification_metrics, ood_metrics
 from bayesify.files import write_json
 
 METHODS: dict[str, Callable[..., Predict]] = {
     "deterministic": methods.deterministic,
     "untouched": methods.untouched,
     "rank1": methods.rank1,
+    "rank1-last-stage": partial(methods.rank1, sites="last-stage"),
     "batchensemble": methods.batch_ensemble,
     "spread": methods.spread,
     "mc-dropout": others.mc_dropout,
@@ -44,16 +46,6 @@ METHODS: dict[str, Callable[..., Predict]] = {
     "lora": others.lora,
 }
 CLASSIFIED = ("accuracy", "nll", "ece", "disagreement")
-
-
-def temperature_of(outputs: Tensor, labels: Tensor) -> float:
-    """The T that all members' logits are divided by for the lowest NLL of the mixture: by ternary search on log T."""
-    low, high = -2.0, 3.0
-    for _ in range(30):
-        a, b = low + (high - low) / 3, high - (high - low) / 3
-        left, right = (float(Predictive(outputs / torch.tensor(t).exp()).nll(labels)) for t in (a, b))
-        low, high = (low, b) if left < right else (a, high)
-    return float(torch.tensor((low + high) / 2).exp())
 
 
 def labels_of(batches: Batches) -> Tensor:
@@ -75,29 +67,21 @@ def measure(task: Task, outputs: dict[str, Tensor]) -> dict[str, Any]:
     """Metrics of every set without and with a temperature fitted on validation."""
     truth = {"validation": labels_of(batches_of(task.validation))}
     truth |= {name: labels_of(batches) for name, batches in task.tests.items()}
-    temperature = temperature_of(outputs["validation"], truth["validation"])
+    temperature = best_temperature(Predictive(outputs["validation"]), truth["validation"])
     result: dict[str, Any] = {"temperature": temperature}
     for kind, divisor in (("plain", 1.0), ("scaled", temperature)):
         rows: dict[str, dict[str, float]] = {}
         for name, labels in truth.items():
-            found = metrics_from_scores(score(Predictive(outputs[name] / divisor), labels))
+            found = classification_metrics(Predictive(outputs[name] / divisor), labels)
             rows[name] = {metric: found[metric] for metric in CLASSIFIED}
         shifted = [rows[name] for name in task.tests if name != "clean"]
         if shifted:
             rows["shifted"] = {m: sum(row[m] for row in shifted) / len(shifted) for m in CLASSIFIED}
-        inside = doubts(Predictive(outputs["clean"] / divisor))
+        inside = Predictive(outputs["clean"] / divisor)
         for name in task.outside:
-            foreign = doubts(Predictive(outputs[f"outside {name}"] / divisor))
-            rows[f"outside {name}"] = {key: auroc(inside[key], foreign[key]) for key in inside}
+            rows[f"outside {name}"] = ood_metrics(inside, Predictive(outputs[f"outside {name}"] / divisor))
         result[kind] = rows
     return result
-
-
-def auroc(inside: Tensor, outside: Tensor) -> float:
-    from torchmetrics.functional.classification import binary_auroc
-
-    target = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
-    return float(binary_auroc(torch.cat([inside, outside]).float().argsort().argsort().float() / len(target), target))
 
 
 class Runs:
@@ -119,8 +103,10 @@ class Runs:
     def run(self, method: str, options: dict[str, Any], seed: int) -> dict[str, Any]:
         """The metrics of a run, which is made if it is not there."""
         path = self.path(method, options, seed)
-        if path.exists():
-            return read(path)
+        return read(path) if path.exists() else self.make(method, options, seed)
+
+    def make(self, method: str, options: dict[str, Any], seed: int) -> dict[str, Any]:
+        path = self.path(method, options, seed)
         started = time.perf_counter()
         if method == "ensemble":
             outputs = self.ensemble(options, seed)
@@ -139,8 +125,10 @@ class Runs:
         """Four deterministic networks; those of ensemble s are 4s … 4s + 3."""
         found = []
         for own in range(MEMBERS * seed, MEMBERS * (seed + 1)):
-            self.run("deterministic", options, own)
-            found.append(load_file(self.path("deterministic", options, own, "safetensors")))
+            outputs = self.path("deterministic", options, own, "safetensors")
+            if not outputs.exists():
+                self.make("deterministic", options, own)
+            found.append(load_file(outputs))
         return {name: torch.cat([outputs[name] for outputs in found]) for name in found[0]}
 
 
@@ -154,7 +142,7 @@ def line(result: dict[str, Any]) -> str:
                 parts.append(f"{name} {kind}: " + " ".join(f"{row[metric]:.4f}" for metric in CLASSIFIED))
     for name, row in result["plain"].items():
         if name.startswith("outside"):
-            parts.append(f"{name}: {row['entropy']:.3f} {row['mutual_information']:.3f}")
+            parts.append(f"{name}: {row['auroc_entropy']:.3f} {row['auroc_mutual_information']:.3f}")
     return " | ".join([*parts, f"{result['seconds']:.0f} s"])
 
 
@@ -173,9 +161,9 @@ def main(
     runs = Runs(task, output, console)
     found: dict[str, list[dict[str, Any]]] = {}
     for method in rows.split(","):
-        for seed in range(seeds):
-            own = MEMBERS * seed if method == "deterministic" else seed
-            found.setdefault(method, []).append(runs.run(method, json.loads(options), own))
+        # Those of all deep ensembles are there anyway.
+        for seed in range(MEMBERS * seeds if method == "deterministic" else seeds):
+            found.setdefault(method, []).append(runs.run(method, json.loads(options), seed))
     if table:
         tabulate(runs, found)
 
@@ -195,13 +183,13 @@ def tabulate(runs: Runs, rows: dict[str, list[dict[str, Any]]]) -> None:
         ("plain", name, key)
         for name in first["plain"]
         if name.startswith("outside")
-        for key in ("entropy", "mutual_information")
+        for key in ("auroc_entropy", "auroc_mutual_information")
     ]
     head = ["method", *(f"{name} {metric}{', scaled' if kind == 'scaled' else ''}" for kind, name, metric in columns)]
     cells = {
         method: [summary([run[k][n][m] for run in found]) for k, n, m in columns] for method, found in rows.items()
     }
-    body = [[method, *(cell(value, 3) for value in values)] for method, values in cells.items()]
+    body = [[method, *(cell(value) for value in values)] for method, values in cells.items()]
     content = {method: dict(zip(head[1:], values, strict=True)) for method, values in cells.items()}
     write_table(runs.folder, f"{runs.name}, mean ± standard error", head, body, content, runs.console)
 

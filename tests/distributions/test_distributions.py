@@ -193,6 +193,15 @@ def test_start_of_the_locations() -> None:
     assert torch.equal(make_factor(Rank1Config(init_scale=0.25, members=4), 5000, cpu).loc, drawn)
 
 
+@pytest.mark.parametrize("sites", [1, 4])
+def test_more_sites_start_nearer_to_the_network(sites: int) -> None:
+    torch.manual_seed(0)
+    bnn = bayesify(nn.Sequential(*(nn.Linear(2000, 2000, device="cpu") for _ in range(sites))), members=2)
+    for _, _, factor in bnn.factors():
+        assert factor.loc.detach().std().item() == pytest.approx(0.5 / sites**0.5, rel=0.05)
+    assert bnn.config.non_defaults() == {"members": 2}
+
+
 # ------------------------------------------------------------------------------------------------ config
 
 
