@@ -268,8 +268,8 @@ class BayesianModel(nn.Module):
         if both are wanted; `save_pretrained` keeps it.
 
         Args:
-            loader: labeled batches as `evaluate` takes them, of data that the model was not trained on and that is
-                like what it will meet. A few hundred examples are enough, 1 / alpha is the least.
+            loader: labeled batches as `evaluate` takes them, like what the model will meet, which set nothing else of
+                it, not the temperature either. A few hundred examples are enough, 1 / alpha is the least.
             penalty: on each class beyond the first five, for smaller sets where there are many classes.
             samples, seed: of the predictions, see `predict`. Predict with the same number of samples.
 

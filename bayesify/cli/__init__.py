@@ -1,4 +1,4 @@
-"""The command line: `bayesify inspect | convert | finetune | evaluate | corruptions | predict | generate | push`."""
+"""The command line: `bayesify inspect | convert | finetune | calibrate | evaluate | corruptions | predict | …`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 import bayesify
+from bayesify.cli.calibrate import calibrate
 from bayesify.cli.convert import convert
 from bayesify.cli.corruptions import corruptions
 from bayesify.cli.evaluate import evaluate
@@ -36,7 +37,7 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _command in (inspect, convert, finetune, evaluate, corruptions, predict, generate, push):
+for _command in (inspect, convert, finetune, calibrate, evaluate, corruptions, predict, generate, push):
     app.command()(_command)
 
 
@@ -52,7 +53,7 @@ def bayesify_command(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Turn a pretrained network into a rank-1 Bayesian one: convert, fine-tune, evaluate, predict, write, share.
+    """Turn a pretrained network into a rank-1 Bayesian one: convert, fine-tune, calibrate, evaluate, predict, share.
 
     A MODEL is a timm name (resnet50), a Hub id (timm/resnet50.a1_in1k, google-bert/bert-base-uncased) or a folder.
     A DATASET is a Hub id, a folder of images with one folder per class, or Parquet, CSV or JSON files.

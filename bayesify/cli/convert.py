@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bayesify.cli.models import inputs_of, kind_of, new_output, summary
+from bayesify.cli.models import described, inputs_of, kind_of, new_output, summary
 from bayesify.cli.options import Full, Model, NoPretrained, NumLabels, TrustRemoteCode, with_options
 from bayesify.config import Rank1Config
 from bayesify.errors import ConversionError, FormatError
@@ -29,7 +29,7 @@ def convert(
     import torch
 
     from bayesify import BayesianModel, bayesify
-    from bayesify.hub import load_model, origin_of
+    from bayesify.hub import load_model
 
     torch.manual_seed(seed)
     network, base = load_model(
@@ -42,9 +42,6 @@ def convert(
     except FormatError as error:
         preprocessing = None
         typer.echo(f"Note: {error} `bayesify evaluate` and `predict` will not know how to make inputs.", err=True)
-    bnn = bayesify(network, rank1)
-    bnn.origin = origin_of(network, base)
-    bnn.label_names = list(base.label_names)
-    bnn.preprocessing = preprocessing
+    bnn = described(bayesify(network, rank1), base, base.label_names, preprocessing)
     bnn.save_pretrained(output, full=full or no_pretrained)
     typer.echo(f"{summary(bnn)} Saved to {output}.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayesify.cli.models import classes_of, inputs_of, labeled, new_output, summary
+from bayesify.cli.models import classes_of, described, inputs_of, labeled, new_output, summary
 from bayesify.cli.options import (
     DataOptions,
     Dataset,
@@ -91,7 +91,7 @@ def finetune(
     from bayesify.data import make_loader
     from bayesify.evaluation import evaluate
     from bayesify.finetune import FineTuner
-    from bayesify.hub import load_model, origin_of
+    from bayesify.hub import load_model
 
     splits = data.load(dataset)
     if splits.label_column is None:
@@ -127,10 +127,7 @@ def finetune(
                 "has no meaning with --deterministic, which adds no factors.",
             )
         else:
-            network = bayesify(network, rank1)
-            network.origin = origin_of(network.model, base)
-            network.label_names = classes
-            network.preprocessing = preprocessing
+            network = described(bayesify(network, rank1), base, classes, preprocessing)
 
     train = labeled(splits, "train", preprocessing, classes, training=True, seed=tuning.seed, color_jitter=color_jitter)
     validation = None if splits.validation is None else labeled(splits, "validation", preprocessing, classes)

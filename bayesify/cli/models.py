@@ -68,20 +68,38 @@ def kind_of(model: nn.Module) -> Literal["image", "text"]:
     return "text" if getattr(model, "main_input_name", None) == "input_ids" else "image"
 
 
-def load_with_inputs(model: str, trust_remote_code: bool) -> tuple[nn.Module, Preprocessing, list[str]]:
-    """A Bayesian or base model in eval mode, its preprocessing and its class names."""
+def load_with_base(model: str, trust_remote_code: bool) -> tuple[nn.Module, Any, Preprocessing, list[str]]:
+    """A Bayesian or base model in eval mode, the `Base` of the latter, its preprocessing and its class names."""
     from bayesify.hub import load_model
     from bayesify.model import BayesianModel
 
     network, base = load_model(model, trust_remote_code=trust_remote_code)
     if not isinstance(network, BayesianModel):
         preprocessing = inputs_of(network, base, kind_of(network), trust_remote_code=trust_remote_code)
-        return network.eval(), preprocessing, list(base.label_names)
+        return network.eval(), base, preprocessing, list(base.label_names)
     if network.preprocessing is None:
         raise FormatError(
             f"{model} does not say how its inputs are made (preprocessing); set .preprocessing in Python and save it."
         )
-    return network, network.preprocessing, network.label_names
+    return network, base, network.preprocessing, network.label_names
+
+
+def load_with_inputs(model: str, trust_remote_code: bool) -> tuple[nn.Module, Preprocessing, list[str]]:
+    """A Bayesian or base model in eval mode, its preprocessing and its class names."""
+    network, _, preprocessing, classes = load_with_base(model, trust_remote_code)
+    return network, preprocessing, classes
+
+
+def described(
+    bnn: BayesianModel, base: Base, classes: Sequence[str], preprocessing: Preprocessing | None
+) -> BayesianModel:
+    """The same model, with what saving needs: where it came from, its classes, how its inputs are made."""
+    from bayesify.hub import origin_of
+
+    bnn.origin = origin_of(bnn.model, base)
+    bnn.label_names = list(classes)
+    bnn.preprocessing = preprocessing
+    return bnn
 
 
 class Compared(NamedTuple):

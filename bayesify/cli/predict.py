@@ -36,6 +36,14 @@ def predict(
     samples: Samples = None,
     member_chunk: MemberChunk = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to show of each input.")] = 3,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Show a set of classes that holds the true one with probability 1 − alpha, of a model from `bayesify "
+            "calibrate`.",
+            show_default=False,
+        ),
+    ] = None,
     sort_uncertain: Annotated[
         bool, typer.Option("--sort-uncertain", help="Most uncertain first (by entropy).", show_default=False)
     ] = False,
@@ -71,7 +79,7 @@ def predict(
     predictive, _ = collect(
         network.to(where), batches, samples=samples, member_chunk=member_chunk, seed=seed, progress=False
     )
-    rows = _rows(names, predictive, classes, top)
+    rows = _rows(names, predictive, classes, top, alpha)
     if sort_uncertain:
         rows.sort(key=lambda row: -row.get("entropy", sum(row.get("variance", []))))
     if as_json:
@@ -144,7 +152,10 @@ def _pixels(name: str, transform: Any) -> Any:
         raise DataError(f"{name} cannot be read as an image: {error}") from error
 
 
-def _rows(names: Sequence[str], predictive: Predictive, classes: Sequence[str], top: int) -> list[dict[str, Any]]:
+def _rows(
+    names: Sequence[str], predictive: Predictive, classes: Sequence[str], top: int, alpha: float | None
+) -> list[dict[str, Any]]:
+    sets = None if alpha is None else predictive.sets(alpha)
     if not predictive.has_classes:
         pairs = zip(predictive.mean.flatten(1).tolist(), predictive.variance.flatten(1).tolist(), strict=True)
         return [{"input": n, "mean": m, "variance": v} for n, (m, v) in zip(names, pairs, strict=True)]
@@ -158,11 +169,18 @@ def _rows(names: Sequence[str], predictive: Predictive, classes: Sequence[str], 
     entropy, mutual = (
         v.view(len(names), -1).sum(-1).tolist() for v in (predictive.entropy, predictive.mutual_information)
     )
+
+    def called(number: int) -> str:
+        return classes[number] if number < len(classes) else str(number)
+
     rows = []
     for number, name in enumerate(names):
         best = zip(order[number].tolist(), probs[number].tolist(), strict=True)
-        found = [{"class": classes[c] if c < len(classes) else str(c), "probability": p} for c, p in best]
-        rows.append({"input": name, "classes": found, "entropy": entropy[number], "mutual_information": mutual[number]})
+        found = [{"class": called(c), "probability": p} for c, p in best]
+        row = {"input": name, "classes": found, "entropy": entropy[number], "mutual_information": mutual[number]}
+        if sets is not None:
+            row["set"] = [called(c) for c in sets[number].nonzero().flatten().tolist()]
+        rows.append(row)
     return rows
 
 
@@ -183,6 +201,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(title, justify=justify)  # type: ignore[arg-type]
     for title in ("entropy (nats)", "mutual information (nats)"):
         table.add_column(title, justify="right")
+    if "set" in rows[0]:
+        table.add_column("set", overflow="fold")
     for row in rows:
         table.add_row(
             Text(row["input"]),
@@ -190,5 +210,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             "\n".join(f"{found['probability']:.4f}" for found in row["classes"]),
             f"{row['entropy']:.4f}",
             f"{row['mutual_information']:.4f}",
+            *([Text(", ".join(row["set"]))] if "set" in row else []),
         )
     return table

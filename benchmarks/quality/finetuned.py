@@ -45,7 +45,8 @@ METHODS: dict[str, Callable[..., Predict]] = {
     "mean-field": others.mean_field,
     "lora": others.lora,
 }
-CLASSIFIED = ("accuracy", "nll", "ece", "disagreement")
+CLASSIFIED = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "disagreement": "disagreement"}
+"""What is measured where labels are known, and what tables call it."""
 
 
 def labels_of(batches: Batches) -> Tensor:
@@ -169,28 +170,26 @@ def main(
 
 
 def tabulate(runs: Runs, rows: dict[str, list[dict[str, Any]]]) -> None:
-    """Mean ± standard error over the seeds."""
-    first = next(iter(rows.values()))[0]
-    metrics = {"plain": CLASSIFIED, "scaled": ("nll", "ece")}
-    columns = [
-        (kind, name, metric)
-        for name in ("clean", "shifted")
-        for kind in metrics
-        for metric in metrics[kind]
-        if name in first[kind]
-    ]
-    columns += [
-        ("plain", name, key)
-        for name in first["plain"]
-        if name.startswith("outside")
-        for key in ("auroc_entropy", "auroc_mutual_information")
-    ]
-    head = ["method", *(f"{name} {metric}{', scaled' if kind == 'scaled' else ''}" for kind, name, metric in columns)]
+    """Mean ± standard error over the seeds; "T" is with the temperature of each run's own validation set."""
+    first = next(iter(rows.values()))[0]["plain"]
+    columns = {
+        f"{title}{name}{ending}": (kind, part, metric)
+        for part, title in (("clean", ""), ("shifted", "shifted "))
+        for metric, name in CLASSIFIED.items()
+        for kind, ending in (("plain", ""), ("scaled", ", T"))
+        if part in first and (kind == "plain" or metric in ("nll", "ece"))
+    }
+    for part in first:
+        if part.startswith("outside "):
+            columns["AUROC " + part.removeprefix("outside ")] = ("plain", part, "auroc_entropy")
+            columns["AUROC " + part.removeprefix("outside ") + ", MI"] = ("plain", part, "auroc_mutual_information")
+    head = ["", *columns]
     cells = {
-        method: [summary([run[k][n][m] for run in found]) for k, n, m in columns] for method, found in rows.items()
+        method: [summary([run[k][n][m] for run in found]) for k, n, m in columns.values()]
+        for method, found in rows.items()
     }
     body = [[method, *(cell(value) for value in values)] for method, values in cells.items()]
-    content = {method: dict(zip(head[1:], values, strict=True)) for method, values in cells.items()}
+    content = {method: dict(zip(columns, values, strict=True)) for method, values in cells.items()}
     write_table(runs.folder, f"{runs.name}, mean ± standard error", head, body, content, runs.console)
 
 

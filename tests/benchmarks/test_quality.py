@@ -68,10 +68,10 @@ def test_every_row_is_made_once_and_summed_up(tmp_path: Path) -> None:
     folder = tmp_path / "out" / "blobs"
     table = json.loads((folder / "table.json").read_text())
     assert list(table) == ROWS.split(",")
-    nll = {row: columns["clean nll"]["mean"] for row, columns in table.items()}
+    nll = {row: columns["NLL"]["mean"] for row, columns in table.items()}
     assert max(nll[row] for row in ("deterministic", "ensemble", "rank1", "mc-dropout")) < nll["untouched"]
-    assert table["deterministic"]["clean disagreement"]["mean"] == 0 < table["ensemble"]["clean disagreement"]["mean"]
-    assert table["deterministic"]["outside far auroc_mutual_information"]["mean"] == pytest.approx(0.5, abs=0.2)
+    assert table["deterministic"]["disagreement"]["mean"] == 0 < table["ensemble"]["disagreement"]["mean"]
+    assert table["deterministic"]["AUROC far, MI"]["mean"] == pytest.approx(0.5, abs=0.2)
 
     runs = {path: path.read_text() for path in (folder / "runs").glob("*.json")}
     assert len(runs) == 8 + 2 * (len(ROWS.split(",")) - 1), "the deterministic networks of two ensembles of four"

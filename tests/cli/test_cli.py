@@ -78,6 +78,7 @@ def test_every_command_has_help_with_defaults():
         "inspect",
         "convert",
         "finetune",
+        "calibrate",
         "evaluate",
         "corruptions",
         "predict",
