@@ -70,10 +70,7 @@ _FROM_SCRATCH = Rank1Config(
 
 def _sgd_in_steps(epochs: int, milestones: Sequence[int], *, warmup: int, annealing: int, **own: Any) -> FineTuneConfig:
     """SGD whose learning rate falls at milestones; these, warm-up and annealing are in epochs."""
-    shared: dict[str, Any] = {
-        "freeze_batch_norm": False, "factor_lr_multiplier": 1.0, "weight_decay": 2e-4, "clip_norm": None,
-        "eval_samples": 1,
-    }  # fmt: skip
+    shared: dict[str, Any] = {"factor_lr_multiplier": 1.0, "weight_decay": 2e-4, "clip_norm": None, "eval_samples": 1}
     return FineTuneConfig(
         epochs=epochs,
         optimizer="sgd",

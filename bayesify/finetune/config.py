@@ -45,8 +45,10 @@ class FineTuneConfig:
         train_also: name patterns of slow weights that train with the factors (full dotted names or globs).
         norms_and_biases: with train="factors", also train norms and biases (all one-dimensional weights).
         freeze_batch_norm: batch norms keep their running statistics and normalize with them, as in evaluation; scales
-            and shifts train as ever. Small batches give poor statistics, and members see one another through them
-            (measured: benchmarks/quality). Turn it off to train from scratch.
+            and shifts train as ever. Small batches give poor statistics, and members see one another through them: with
+            members that differ in the last stage, and for plain networks, this was much better (benchmarks/quality).
+            But then nothing rescales what the start of the factors does: with sites all over a deep network of
+            depth-wise convolutions, training broke down. Off by default, and not for training from scratch.
         expand: "replicate" shows every example to every member; "partition" gives each member B/K of the batch.
         likelihood: "average" of the members' log-likelihoods, or of the "mixture".
         train_samples: draws of the factors for each row and step; the losses of several are averaged, one forward each.
@@ -81,7 +83,7 @@ class FineTuneConfig:
     train: Trained = "all"
     train_also: tuple[str, ...] = ()
     norms_and_biases: bool = False
-    freeze_batch_norm: bool = True
+    freeze_batch_norm: bool = False
     expand: Expansion = "replicate"
     likelihood: Likelihood = "average"
     train_samples: int = 1

@@ -169,7 +169,7 @@ def main(
         tabulate(runs, found)
 
 
-def tabulate(runs: Runs, rows: dict[str, list[dict[str, Any]]]) -> None:
+def tabulate(runs: Runs, rows: dict[str, list[dict[str, Any]]], folder: Path | None = None) -> None:
     """Mean ± standard error over the seeds; "T" is with the temperature of each run's own validation set."""
     first = next(iter(rows.values()))[0]["plain"]
     columns = {
@@ -190,7 +190,7 @@ def tabulate(runs: Runs, rows: dict[str, list[dict[str, Any]]]) -> None:
     }
     body = [[method, *(cell(value) for value in values)] for method, values in cells.items()]
     content = {method: dict(zip(columns, values, strict=True)) for method, values in cells.items()}
-    write_table(runs.folder, f"{runs.name}, mean ± standard error", head, body, content, runs.console)
+    write_table(folder or runs.folder, f"{runs.name}, mean ± standard error", head, body, content, runs.console)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ def main(
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        freeze_batch_norm=True,
         eval_every=max(1, steps // 3),
         seed=seed,
     )

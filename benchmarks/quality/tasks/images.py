@@ -138,7 +138,7 @@ def flowers() -> Task:
         40,
         {"solar cells": (cells[:300], classes[:300]), "CIFAR-100": pictures("cifar100/test-*.parquet", size, 300)},
         network=lite0(5),
-        tuning=FineTuneConfig(steps=150, batch_size=16, eval_every=50),
+        tuning=FineTuneConfig(freeze_batch_norm=True, steps=150, batch_size=16, eval_every=50),
         head="classifier",
         dropout=LITE0_DROPOUT,
     )
@@ -161,7 +161,7 @@ def cells() -> Task:
             "CIFAR-100": pictures("cifar100/test-*.parquet", size, 300),
         },
         network=lite0(4),
-        tuning=FineTuneConfig(steps=200, batch_size=16, eval_every=50),
+        tuning=FineTuneConfig(freeze_batch_norm=True, steps=200, batch_size=16, eval_every=50),
         head="classifier",
         dropout=LITE0_DROPOUT,
     )
@@ -181,7 +181,7 @@ def cifar10() -> Task:
         60,
         {"CIFAR-100": (large[2], other)},
         network=lite0(10),
-        tuning=FineTuneConfig(steps=400, batch_size=32, eval_every=100),
+        tuning=FineTuneConfig(freeze_batch_norm=True, steps=400, batch_size=32, eval_every=100),
         head="classifier",
         dropout=LITE0_DROPOUT,
     )
@@ -250,7 +250,7 @@ def resnet20() -> Task:
         {"CIFAR-100": pictures("cifar100/test-*.parquet", 32, 1000)},
         scaling=IMAGENET,
         network=_resnet20,
-        tuning=FineTuneConfig(steps=250, batch_size=32, eval_every=50),
+        tuning=FineTuneConfig(freeze_batch_norm=True, steps=250, batch_size=32, eval_every=50),
         head="linear",
         dropout=("layer2", "layer3", "linear"),
         new_head=False,
