@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 def make_factor(config: Rank1Config, size: int, device: torch.device) -> Factor:
     """A new factor [K, size] in float32 on `device`, drawn from the global CPU generator where its start is random."""
-    init = _start(config, (config.members, size), device, config.start_scale())
+    init = _start(config, (config.members, size), device)
     prior = PRIORS[config.prior].make(config.prior_location, config.prior_scale, init)
     return POSTERIORS[config.posterior](init, config.spread, prior, config.spread_jitter)
 
 
-def _start(config: Rank1Config, shape: tuple[int, int], device: torch.device, scale: float) -> Tensor:
+def _start(config: Rank1Config, shape: tuple[int, int], device: torch.device) -> Tensor:
     """[K, d] where each element starts: its location, on the scale of the draws also for positive families."""
     from bayesify.config import POSITIVE
 
@@ -44,5 +44,5 @@ def _start(config: Rank1Config, shape: tuple[int, int], device: torch.device, sc
     if config.init == "random-sign":
         return torch.bernoulli(torch.full(shape, config.sign_probability)).mul(2).sub(1).to(device)
     if config.posterior in POSITIVE:
-        return torch.normal(0.0, scale, shape).exp().to(device)
-    return torch.normal(config.neutral, scale, shape).to(device)
+        return torch.normal(0.0, config.start_scale(), shape).exp().to(device)
+    return torch.normal(config.neutral, config.start_scale(), shape).to(device)
