@@ -74,7 +74,7 @@ def test_kl_reduction_scales_the_kl_by_the_members(reduction: Any) -> None:
     x, y = batch()
     total = sum(
         torch.distributions.kl_divergence(
-            torch.distributions.Normal(f.loc, f.scale), torch.distributions.Normal(1.0, 0.1)
+            torch.distributions.Normal(f.loc, f.scale), torch.distributions.Normal(1.0, bnn.config.prior_scale)
         ).sum()
         for _, _, f in bnn.factors()
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -67,6 +67,7 @@ def calibrate(
     from torch.utils.data import DataLoader, random_split
 
     from bayesify import BayesianModel, bayesify
+    from bayesify.calibration.spread import Method
     from bayesify.data.seeding import seeded
     from bayesify.evaluation import collect_labeled
     from bayesify.evaluation.metrics import classification_metrics
@@ -78,6 +79,8 @@ def calibrate(
     if bayesian and (typed := given(ctx, "members")):
         raise ConfigError(f"{typed[0]}: {model} is already converted, with {network.members} members.")
     method = ("none" if bayesian else "low-rank") if spread is None else spread
+    if method not in (spreads := (*get_args(Method), "none")):
+        raise ConfigError(f"--spread {method} is unknown; expected one of {', '.join(spreads)}.")
     if method in ("fisher", "search") and samples is None:
         raise ConfigError(f"--spread {method} sets what is drawn from; give --samples, here and where you predict.")
     prepared = labeled(splits, next(iter(splits.named)), preprocessing, classes)

@@ -72,7 +72,12 @@ def rank1(
     """Ours; without options, as shipped."""
     network = task.network(seed)
     torch.manual_seed(seed)
+    signs = options.pop("head_signs", "")
     model = bayesify(network, members=options.pop("members", MEMBERS), **options)
+    for name, side, factor in model.factors():
+        if name.startswith(task.head) and side in signs:
+            with torch.no_grad():
+                factor.loc.copy_(torch.where(torch.rand_like(factor.loc) < 0.5, -1.0, 1.0) * factor.loc)
     tuned(task, seed, model, **(tuning or {}))
     return lambda batches: outputs_of(model, batches, samples)
 

@@ -93,20 +93,20 @@ def laplace(task: Task, seed: int) -> Predict:
     network = plain(task, seed)
     head = network.get_submodule(task.head)
 
-    def features(batches: Batches) -> tuple[Tensor, Tensor]:
+    def features(batches: Batches, labeled: bool) -> tuple[Tensor, Tensor]:
         found: list[Tensor] = []
         handle = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].detach()))
-        labels = collect(network, batches, progress=False)[1]
+        labels = collect(network, batches, progress=False, labeled=labeled)[1]
         handle.remove()
         return torch.cat(found), torch.zeros(0) if labels is None else labels
 
-    fit = TensorDataset(*features(batches_of(evaluation_of(task.train))))
+    fit = TensorDataset(*features(batches_of(evaluation_of(task.train)), labeled=True))
     posterior = Laplace(copy.deepcopy(head), "classification", subset_of_weights="all", hessian_structure="kron")
     posterior.fit(DataLoader(fit, batch_size=100))
     posterior.optimize_prior_precision(method="marglik")
 
     def predict(batches: Batches) -> Tensor:
-        found = features(batches)[0]
+        found = features(batches, labeled=False)[0]
         torch.manual_seed(0)
         probs = posterior.predictive_samples(found, pred_type="nn", n_samples=DRAWS)
         return probs.detach().clamp_min(1e-12).log()[None]

@@ -16,28 +16,31 @@ from rich.console import Console
 from tasks import TASKS
 
 STAGE = {"sites": "last-stage"}
+NARROW = {**STAGE, "prior_scale": 0.1}
+"""The prior that was published."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("deterministic", {}),
     "plain, learning rate 1e-4": ("deterministic", {"tuning": {"learning_rate": 1e-4}}),
     "plain, batch norm trains": ("deterministic", {"tuning": {"freeze_batch_norm": False}}),
     "all sites": ("rank1", {}),
-    "all sites, start 0.1": ("rank1", {"init_scale": 0.1}),
+    "all sites, start 0.5 / sqrt(20), prior 0.1": ("rank1", {"init_scale": 0.1118, "prior_scale": 0.1}),
+    "all sites, start 0.5 / sqrt(50), prior 0.1": ("rank1", {"init_scale": 0.0707, "prior_scale": 0.1}),
     "last stage": ("rank1-last-stage", {}),
-    "last stage, start 0.1": ("rank1", {**STAGE, "init_scale": 0.1}),
-    "last stage, start 0.2": ("rank1", {**STAGE, "init_scale": 0.2}),
-    "last stage, start 0.3": ("rank1", {**STAGE, "init_scale": 0.3}),
-    "last stage, prior 0.3": ("rank1", {**STAGE, "prior_scale": 0.3}),
-    "last stage, prior 1": ("rank1", {**STAGE, "prior_scale": 1.0}),
+    "last stage, start 0.1, prior 0.1": ("rank1", {**NARROW, "init_scale": 0.1}),
+    "last stage, start 0.2, prior 0.1": ("rank1", {**NARROW, "init_scale": 0.2}),
+    "last stage, start 0.3, prior 0.1": ("rank1", {**NARROW, "init_scale": 0.3}),
     "last stage, start 0.3, prior 1": ("rank1", {**STAGE, "init_scale": 0.3, "prior_scale": 1.0}),
     "0.3, spread 0.1, prior 0.3": ("rank1", {**STAGE, "init_scale": 0.3, "posterior_scale": 0.1, "prior_scale": 0.3}),
     "0.3, spread 0.3, prior 0.5": ("rank1", {**STAGE, "init_scale": 0.3, "posterior_scale": 0.3, "prior_scale": 0.5}),
-    "0.3, factors as fast as weights": (
-        "rank1", {**STAGE, "init_scale": 0.3, "tuning": {"factor_lr_multiplier": 1.0}}
+    "0.3, prior 0.1, factors as fast as weights": (
+        "rank1", {**NARROW, "init_scale": 0.3, "tuning": {"factor_lr_multiplier": 1.0}}
     ),
-    "0.2, factors 30 times as fast": (
-        "rank1", {**STAGE, "init_scale": 0.2, "tuning": {"factor_lr_multiplier": 30.0}}
+    "0.2, prior 0.1, factors 30 times as fast": (
+        "rank1", {**NARROW, "init_scale": 0.2, "tuning": {"factor_lr_multiplier": 30.0}}
     ),
-    "0.2, mixture likelihood": ("rank1", {**STAGE, "init_scale": 0.2, "tuning": {"likelihood": "mixture"}}),
+    "0.2, prior 0.1, mixture likelihood": (
+        "rank1", {**NARROW, "init_scale": 0.2, "tuning": {"likelihood": "mixture"}}
+    ),
 }  # fmt: skip
 """Method and options of each row."""
 

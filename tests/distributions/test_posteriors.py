@@ -468,6 +468,6 @@ def test_default_location_of_the_prior(options: dict[str, Any], location: float)
 def test_normal_at_the_prior_costs_nothing_by_default() -> None:
     """The default prior location is where an untouched factor stands, multiplied or added."""
     for perturbation in ("multiplicative", "additive"):
-        q = made(init="ones", posterior_scale=0.1, prior="normal", perturbation=perturbation)
+        q = made(init="ones", posterior_scale=0.1, prior="normal", prior_scale=0.1, perturbation=perturbation)
         assert isinstance(q, NormalFactor)
         assert kl_divergence(q).tolist() == pytest.approx([0.0] * 4, abs=1e-3)
