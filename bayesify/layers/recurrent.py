@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from bayesify.cost import costs
 from bayesify.errors import BayesifyError
 from bayesify.layers.linear import fold_matrix
 from bayesify.layers.product import DENSE, product, scratch
@@ -159,18 +158,14 @@ class _Rank1RNN(_Recurrent):
         return self._by_steps(input, hx) if self._scans(input) else self._by_draws(input, hx)
 
     def _scans(self, input: Tensor | PackedSequence) -> bool:
-        """Whether, in inference, one operation on all rows costs less than folding each draw: for a few short ones."""
+        """Whether, in inference, all rows go through one operation: with one row a draw, folding costs more."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False
+        if self.draws == 1 or not isinstance(input, Tensor) or input.device.type != "cpu":
+            return False
         exact = isinstance(self, nn.LSTM) and not self.proj_size and is_exact(original_class(type(self)))
-        sites = self.sites
-        if self.draws == 1 or not exact or not isinstance(input, Tensor) or input.device.type != "cpu":
-            return False
-        if any(type(site) is not Site for site in sites.values()):
-            return False
-        weights = [getattr(self, name) for name in sites]
-        activations = sum(input.shape[0] * input.shape[1] * (weight.shape[0] + weight.shape[1]) for weight in weights)
-        return not costs().folds(self.draws * sum(weight.numel() for weight in weights), activations)
+        one_each = input.shape[0 if self.batch_first else 1] == self.draws
+        return exact and one_each and all(type(site) is Site for site in self.sites.values())
 
     @property
     def _foldable(self) -> bool:

@@ -69,7 +69,7 @@ def untouched(task: Task, seed: int) -> Predict:
 def rank1(
     task: Task, seed: int, tuning: dict[str, Any] | None = None, samples: int | None = None, **options: Any
 ) -> Predict:
-    """Ours; without options, as shipped."""
+    """Ours; without options, as shipped. `head_signs` names the sides of the head that start at random signs."""
     network = task.network(seed)
     torch.manual_seed(seed)
     signs = options.pop("head_signs", "")
