@@ -66,6 +66,19 @@ def test_timm_folder_with_a_new_head(timm_folder):
     assert base.label_names == ["a", "b", "c", "d", "e"]
 
 
+def test_new_heads_of_timm_start_by_their_inputs(tmp_path):
+    """timm's ±1 / sqrt(classes) would swamp the features of this network."""
+    save_timm_folder(timm.create_model("test_efficientnet", num_classes=6), tmp_path)
+    assert load_base(tmp_path).model.classifier.weight.abs().max() > 0.3
+    torch.manual_seed(0)
+    head = load_base(tmp_path, num_labels=4).model.classifier
+    torch.manual_seed(0)
+    again = load_base(tmp_path, num_labels=4).model.classifier
+    bound = head.in_features**-0.5
+    assert 0.9 * bound < head.weight.abs().max() <= bound
+    assert torch.equal(head.weight, again.weight)
+
+
 def test_timm_folder_keeps_how_the_model_was_built(tmp_path):
     model = timm.create_model("test_vit", img_size=64, num_classes=3).eval()
     save_timm_folder(model, tmp_path)
