@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bayesify.cli.models import described, inputs_of, kind_of, new_output, summary
+from bayesify.cli.models import described, inputs_of, kind_of, new_output, summary, told_of_heads
 from bayesify.cli.options import Full, Model, NoPretrained, NumLabels, TrustRemoteCode, with_options
 from bayesify.config import Rank1Config
 from bayesify.errors import ConversionError, FormatError
@@ -42,6 +42,6 @@ def convert(
     except FormatError as error:
         preprocessing = None
         typer.echo(f"Note: {error} `bayesify evaluate` and `predict` will not know how to make inputs.", err=True)
-    bnn = described(bayesify(network, rank1), base, base.label_names, preprocessing)
+    bnn = described(bayesify(network, told_of_heads(rank1, base)), base, base.label_names, preprocessing)
     bnn.save_pretrained(output, full=full or no_pretrained)
     typer.echo(f"{summary(bnn)} Saved to {output}.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayesify.cli.models import classes_of, described, inputs_of, labeled, new_output, summary
+from bayesify.cli.models import classes_of, described, inputs_of, labeled, new_output, summary, told_of_heads
 from bayesify.cli.options import (
     DataOptions,
     Dataset,
@@ -127,7 +127,7 @@ def finetune(
                 "has no meaning with --deterministic, which adds no factors.",
             )
         else:
-            network = described(bayesify(network, rank1), base, classes, preprocessing)
+            network = described(bayesify(network, told_of_heads(rank1, base)), base, classes, preprocessing)
 
     train = labeled(splits, "train", preprocessing, classes, training=True, seed=tuning.seed, color_jitter=color_jitter)
     validation = None if splits.validation is None else labeled(splits, "validation", preprocessing, classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from bayesify.config import Rank1Config
     from bayesify.data import PreparedDataset, Preprocessing, Splits
     from bayesify.hub import Base
     from bayesify.model import BayesianModel
@@ -88,6 +90,13 @@ def load_with_inputs(model: str, trust_remote_code: bool) -> tuple[nn.Module, Pr
     """A Bayesian or base model in eval mode, its preprocessing and its class names."""
     network, _, preprocessing, classes = load_with_base(model, trust_remote_code)
     return network, preprocessing, classes
+
+
+def told_of_heads(rank1: Rank1Config, base: Base) -> Rank1Config:
+    """The same options, with the layers that the base model has without pretrained weights, unless some are named."""
+    if rank1.new_layers or not rank1.signed_start:
+        return rank1
+    return dataclasses.replace(rank1, new_layers=base.new_layers)
 
 
 def described(

@@ -28,9 +28,14 @@ if TYPE_CHECKING:
     from bayesify.config import Rank1Config
 
 
-def make_factor(config: Rank1Config, size: int, device: torch.device) -> Factor:
-    """A new factor [K, size] in float32 on `device`, drawn from the global CPU generator where its start is random."""
+def make_factor(config: Rank1Config, size: int, device: torch.device, signs: bool = False) -> Factor:
+    """A new factor [K, size] in float32 on `device`, drawn from the global CPU generator where its start is random.
+
+    With `signs` it starts with random ones, if it has signs: see `Rank1Config.new_layers`.
+    """
     init = _start(config, (config.members, size), device)
+    if signs and config.signed_start and device.type != "meta":
+        init *= torch.bernoulli(torch.full(init.shape, 0.5)).mul(2).sub(1).to(device)
     prior = PRIORS[config.prior].make(config.prior_location, config.prior_scale, init)
     return POSTERIORS[config.posterior](init, config.spread, prior, config.spread_jitter)
 

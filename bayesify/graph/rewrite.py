@@ -117,8 +117,8 @@ def _count_added(plan: Plan, config: Rank1Config) -> int:
 
 
 def _new_sites(name: str, plan: Plan, config: Rank1Config, device: torch.device) -> dict[str, Site]:
-    def factor(side: str, size: int) -> Factor | None:
-        return make_factor(config, size, device) if size and config.factors in ("both", side) else None
+    def factor(side: str, size: int, signs: bool = False) -> Factor | None:
+        return make_factor(config, size, device, signs) if size and config.factors in ("both", side) else None
 
     def own_bias(weight: str, size: int) -> MemberVector | None:
         has_bias = name not in plan.functional and getattr(plan.layers[name], bias_of(weight), None) is not None
@@ -127,6 +127,7 @@ def _new_sites(name: str, plan: Plan, config: Rank1Config, device: torch.device)
     site = Site if config.perturbation == "multiplicative" else AdditiveSite
     made = {}
     for weight, (s, r) in plan.sizes(name).items():
-        batch_dim = plan.batch_dims.get(site_name(name, weight), 0)
-        made[weight] = site(factor("inputs", s), factor("outputs", r), own_bias(weight, r), batch_dim)
+        own = site_name(name, weight)
+        inputs = factor("inputs", s, signs=own in plan.new)
+        made[weight] = site(inputs, factor("outputs", r), own_bias(weight, r), plan.batch_dims.get(own, 0))
     return made

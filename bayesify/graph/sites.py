@@ -27,7 +27,7 @@ def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = No
     """Plan the conversion of a model.
 
     Raises:
-        ConversionError: no layer can be converted, or a pattern of `include` / `exclude` or `sites` matches nothing.
+        ConversionError: no layer can be converted, or `sites` or a pattern matches nothing.
     """
     chosen = chosen_from(model, config.sites)
     plan = Plan()
@@ -174,7 +174,7 @@ def _check_linear(plan: Plan) -> None:
 
 
 def _apply_patterns(plan: Plan, config: Rank1Config, candidates: list[str], chosen: Callable[[str], bool]) -> None:
-    for pattern in (*config.include, *config.exclude):
+    for pattern in (*config.include, *config.exclude, *config.new_layers):
         if not any(matches(name, pattern) for name in candidates):
             near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.0)
             raise ConversionError(
@@ -186,6 +186,7 @@ def _apply_patterns(plan: Plan, config: Rank1Config, candidates: list[str], chos
             reason = _left_out(site_name(name, weight), config, chosen)
             if reason is not None:
                 plan.drop(name, weight, reason)
+    plan.new = frozenset(name for name in candidates if any(matches(name, p) for p in config.new_layers))
     for name in list(plan.norms):
         if _left_out(name, config, chosen) is not None:
             del plan.norms[name]

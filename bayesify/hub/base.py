@@ -46,6 +46,14 @@ class Base:
     label_names: list[str] = field(default_factory=list)
     new_parameters: list[str] = field(default_factory=list)
 
+    @property
+    def new_layers(self) -> tuple[str, ...]:
+        """The linear layers that the checkpoint did not hold, for `Rank1Config.new_layers`; none if it held nothing."""
+        if len(self.new_parameters) == len(list(self.model.parameters())):
+            return ()
+        new = {name.removesuffix(".weight") for name in self.new_parameters}
+        return tuple(name for name, layer in self.model.named_modules() if name in new and isinstance(layer, nn.Linear))
+
 
 def load_base(
     model: str | Path,

@@ -69,15 +69,11 @@ def untouched(task: Task, seed: int) -> Predict:
 def rank1(
     task: Task, seed: int, tuning: dict[str, Any] | None = None, samples: int | None = None, **options: Any
 ) -> Predict:
-    """Ours; without options, as shipped. `head_signs` names the sides of the head that start at random signs."""
+    """Ours; without options, as shipped. A new head is named, as the command line does."""
     network = task.network(seed)
     torch.manual_seed(seed)
-    signs = options.pop("head_signs", "")
-    model = bayesify(network, members=options.pop("members", MEMBERS), **options)
-    for name, side, factor in model.factors():
-        if name.startswith(task.head) and side in signs:
-            with torch.no_grad():
-                factor.loc.copy_(torch.where(torch.rand_like(factor.loc) < 0.5, -1.0, 1.0) * factor.loc)
+    options = {"members": MEMBERS, "new_layers": (task.head,) if task.new_head else (), **options}
+    model = bayesify(network, **options)
     tuned(task, seed, model, **(tuning or {}))
     return lambda batches: outputs_of(model, batches, samples)
 

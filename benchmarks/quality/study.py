@@ -26,7 +26,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "all sites, start 0.5 / sqrt(20), prior 0.1": ("rank1", {"init_scale": 0.1118, "prior_scale": 0.1}),
     "all sites, start 0.5 / sqrt(50), prior 0.1": ("rank1", {"init_scale": 0.0707, "prior_scale": 0.1}),
     "last stage": ("rank1-last-stage", {}),
-    "last stage, random signs in the head": ("rank1", {**STAGE, "head_signs": "s"}),
+    "last stage, no random signs in a new head": ("rank1-last-stage", {"new_layers": []}),
     "last stage, start 0.1, prior 0.1": ("rank1", {**NARROW, "init_scale": 0.1}),
     "last stage, start 0.2, prior 0.1": ("rank1", {**NARROW, "init_scale": 0.2}),
     "last stage, start 0.3, prior 0.1": ("rank1", {**NARROW, "init_scale": 0.3}),

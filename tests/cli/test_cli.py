@@ -160,11 +160,15 @@ def test_convert(vit, bert, tmp_path):
         assert run("convert", base, tmp_path / kind, *options).exit_code == 0
         bnn = from_pretrained(tmp_path / kind)
         assert (bnn.members, bnn.label_names, bnn.preprocessing.kind) == (2, ["0", "1", "2"], kind)
+        (head,) = bnn.config.new_layers
+        signs = {(name, side): bool((factor.loc < 0).any()) for name, side, factor in bnn.factors()}
+        assert [key for key, negative in signs.items() if negative] == [(head, "s")]
         again = run("convert", base, tmp_path / kind, *options)
         assert again.exit_code == 1
         assert "already holds a model" in again.stderr
     assert run("convert", "test_resnet", tmp_path / "new", "--no-pretrained", *options).exit_code == 0
-    assert from_pretrained(tmp_path / "new").members == 2
+    new = from_pretrained(tmp_path / "new")
+    assert (new.members, new.config.new_layers) == (2, ())
     result = run("inspect", tmp_path / "new")
     assert "2 members add" in result.output
     assert run("inspect", tmp_path / "new", "--members", 3).exit_code == 1

@@ -17,6 +17,7 @@ from bayesify import Rank1Config, bayesify
 from bayesify.distributions import CLIP, POSTERIORS, PRIORS, Factor, NormalFactor, kl_divergence, make_factor
 from bayesify.distributions.posteriors import MixtureOfDeltasFactor
 from bayesify.distributions.priors import inverse_softplus
+from bayesify.errors import ConfigError, ConversionError
 
 CPU = torch.device("cpu")
 RHO = -3.4375
@@ -348,6 +349,46 @@ def test_random_signs_make_different_members(posterior: Any) -> None:
     outputs = bnn.predict(torch.randn(4, 16)).outputs[:, 0]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert float((outputs[one] - outputs[other]).abs().max()) > 0.1
+
+
+def locations(**options: Any) -> dict[tuple[str, str], Tensor]:
+    """{(site, side): locations} of two linear layers."""
+    torch.manual_seed(0)
+    bnn = bayesify(nn.Sequential(nn.Linear(500, 500), nn.Linear(500, 500)), init_scale=0.1, **options)
+    return {(name, side): factor.loc.detach() for name, side, factor in bnn.factors()}
+
+
+def test_inputs_of_new_layers_start_with_random_signs() -> None:
+    found = locations(new_layers="1")
+    signed = found.pop(("1", "s"))
+    assert float((signed > 0).double().mean()) == pytest.approx(0.5, abs=0.05)
+    assert float(torch.corrcoef(signed).fill_diagonal_(0).abs().max()) < 0.2, "members are independent"
+    for loc in (signed.abs(), *found.values()):
+        assert (float(loc.mean()), float(loc.std())) == (
+            pytest.approx(1.0, abs=0.01),
+            pytest.approx(0.1, abs=0.01),
+        )
+    again = locations(new_layers=("*1",))
+    assert torch.equal(again[("1", "s")], signed)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"factors": "outputs"}, {"init": "ones"}, {"perturbation": "additive"},
+     {"posterior": "log-normal", "prior": "log-normal"}],
+    ids=str,
+)  # fmt: skip
+def test_new_layers_change_nothing_where_there_are_no_signs(options: dict[str, Any]) -> None:
+    plain, told = locations(**options), locations(**options, new_layers="1")
+    assert plain.keys() == told.keys()
+    assert all(torch.equal(plain[key], told[key]) for key in plain)
+
+
+def test_new_layers_must_be_there() -> None:
+    with pytest.raises(ConversionError, match="pattern 'head' matches no layer"):
+        locations(new_layers="head")
+    with pytest.raises(ConfigError, match="new_layers must hold names"):
+        locations(new_layers=(1,))
 
 
 @pytest.mark.parametrize("init", ["ones", "normal"])

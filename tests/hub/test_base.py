@@ -53,6 +53,7 @@ def test_timm_folder_round_trip(timm_folder):
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(base.model(images), model(images))
     assert (base.library, base.label_names, base.new_parameters) == ("timm", NAMES, [])
+    assert base.new_layers == ()
     assert not base.model.training
 
 
@@ -63,6 +64,7 @@ def test_timm_folder_with_a_new_head(timm_folder):
     assert base.model(images).shape == (2, 5)
     assert torch.equal(base.model.forward_features(images), model.forward_features(images))
     assert base.new_parameters == ["fc.weight", "fc.bias"]
+    assert base.new_layers == ("fc",)
     assert base.label_names == ["a", "b", "c", "d", "e"]
 
 
@@ -91,6 +93,7 @@ def test_timm_name_without_weights():
     assert base.model(torch.randn(1, 3, 64, 64)).shape == (1, 4)
     assert base.label_names == ["0", "1", "2", "3"]
     assert base.new_parameters == [name for name, _ in base.model.named_parameters()]
+    assert base.new_layers == ()
     again = load_base(base.id, pretrained=False, label_names=base.label_names, model_args=base.model_args)
     again.model.load_state_dict(base.model.state_dict())
 
@@ -120,6 +123,7 @@ def test_transformers_folder_without_a_head(tmp_path):
     base = load_base(tmp_path, num_labels=7)
     assert base.new_parameters == ["classifier.weight", "classifier.bias"]
     assert base.label_names == [str(i) for i in range(7)]
+    assert base.new_layers == ("classifier",)
 
 
 def test_transformers_images(tmp_path):
