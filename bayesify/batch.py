@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from bayesify.errors import DataError
-from bayesify.tasks import TASKS, TaskName, resolve_task
+from bayesify.tasks import IGNORED, TASKS, TaskName, resolve_task
 
 _SHARED_INPUTS = {"cache_position"}
 """Inputs that never carry the batch, whatever their length."""
@@ -134,6 +134,20 @@ class Rows:
 
     def _dim(self, name: int | str) -> int:
         return 1 if self.recurrent and name in (1, "hx") else self.input_dim
+
+
+def is_target(name: str) -> bool:
+    """Whether a network compares its outputs with the input of this name."""
+    return name.endswith(("labels", "_positions"))
+
+
+def values_per_example(inputs: Mapping[str, Any], batch: int) -> float:
+    """How many target values that count each of B examples has on average: the loss of a network is their mean.
+
+    Targets that are no tensor, such as the objects of images, count as one.
+    """
+    found = [t for name, t in inputs.items() if is_target(name) and isinstance(t, Tensor) and t.dim()]
+    return max(1, sum(int((t != IGNORED).sum()) for t in found)) / batch if found else 1.0
 
 
 def add_to_loss(output: Any, value: Tensor) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesify.added import Added
-from bayesify.batch import add_to_loss
+from bayesify.batch import Rows, add_to_loss, values_per_example
 from bayesify.config import NetworkConfig, Rank1Config
 from bayesify.distributions import Factor, kl_divergence
 from bayesify.errors import BayesifyError, DataError
@@ -54,8 +54,8 @@ class BayesianModel(nn.Module):
             "multilabel", "regression" (outputs are averaged), "gaussian" (means and log variances), "members" (no
             mixture is defined, as of sets of objects: a call gives K·B rows in eval mode, too), or None (decided by
             the output's shape).
-        kl_weight: what of the KL is added, in training, to a loss that the network computes itself: T · κ(t) / N. It is
-            for loops that are not ours, see `bayesify.finetune.callback`; `ELBO` adds the KL by itself.
+        kl_weight: T · κ(t) / N; in training, that times KL / V (see `ELBO`) is added to a loss that the network
+            computes itself. For loops that are not ours, see `bayesify.finetune.callback`; `ELBO` adds the KL itself.
         expansion: in training, "replicate" shows every example to every member; "partition" gives each member
             B/K of the rows, in order, without repeating anything.
         temperature: what all members' logits are divided by in eval mode and in `predict`, see `fit_temperature`; 1
@@ -129,6 +129,11 @@ class BayesianModel(nn.Module):
 
     # -------------------------------------------------------------------------------------------- calling
 
+    def train(self, mode: bool = True) -> BayesianModel:
+        if not mode:
+            self.passes.parting.end()  # of a training pass, whose backward may have needed it
+        return super().train(mode)
+
     @around
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         """The network's own call; see the class for what comes back."""
@@ -139,11 +144,12 @@ class BayesianModel(nn.Module):
             return self.settled(mixture, args, kwargs)
         partition = self.expansion == "partition"
         output = self.settled(partial(self.passes.train, args, kwargs, partition), args, kwargs)
-        return self._with_kl(output) if self.kl_weight else output
+        return self._with_kl(output, args, kwargs) if self.kl_weight else output
 
     @outside
-    def _with_kl(self, output: Any) -> Any:
-        return add_to_loss(output, self.kl_weight * self.kl())
+    def _with_kl(self, output: Any, args: Any, kwargs: Any) -> Any:
+        values = values_per_example(kwargs, Rows(self.model).batch_size(args, kwargs))
+        return add_to_loss(output, self.kl_weight * self.kl() / values)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the network in place, with the arguments of `torch.compile`; draws stay outside of it."""

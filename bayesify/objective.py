@@ -18,7 +18,10 @@ Likelihood = Literal["average", "mixture"]
 
 @dataclass(frozen=True)
 class ELBOTerms:
-    """The loss and its parts, scalars in nats: loss = nll + weight · kl / N, weight = temperature · κ(t)."""
+    """The loss and its parts, scalars in nats: loss = nll + weight · kl / (N · V), weight = temperature · κ(t).
+
+    V is the number of target values (tokens, pixels, labels) of an example, whose mean nll is: 1 for a class.
+    """
 
     loss: Tensor
     nll: Tensor
@@ -27,11 +30,14 @@ class ELBOTerms:
 
 
 class ELBO:
-    """loss = mean over members and examples of NLL + T · κ(t) · KL / N   (paper Eq. 2, divided by N).
+    """loss = mean over members and target values of NLL + T · κ(t) · KL / (N · V)   (paper Eq. 2, divided by N · V).
+
+    V is the number of target values of an example in the batch, on average: 1 for a class, as many as there are tokens
+    or pixels that count, D for D numbers. The loss times N · V is the negative bound on all data.
 
     Args:
         model: the Bayesian model whose KL counts.
-        num_examples: N, the number of training examples. The division by N happens here and nowhere else.
+        num_examples: N, the number of training examples. The division by N · V happens here and nowhere else.
         annealing_steps: κ rises linearly, κ(t) = min(1, (t + 1) / annealing_steps); 0 keeps it at 1.
         likelihood: "average" takes the mean of the members' log-likelihoods (better on test data: paper, Fig. 4);
             "mixture" the log-likelihood of the members' mean probability.
@@ -68,7 +74,9 @@ class ELBO:
         annealing = min(1.0, (step + 1) / self.annealing_steps) if self.annealing_steps else 1.0
         return self.kl_temperature * annealing
 
-    def __call__(self, output: Any, targets: Tensor | None = None, step: int | None = None) -> ELBOTerms:
+    def __call__(
+        self, output: Any, targets: Tensor | None = None, step: int | None = None, *, values: float = 1.0
+    ) -> ELBOTerms:
         """The loss of one training batch.
 
         Args:
@@ -76,13 +84,16 @@ class ELBO:
                 targets=None, an output with a `loss` that is already the mean over members.
             targets: [B, ...] labels, not repeated. With a partitioned batch, in its order.
             step: t of the annealing; `None` takes κ = 1.
+            values: with targets=None, V: how many values the output's loss is the mean of, for each example.
         """
-        nll = self._nll(output, targets)
+        nll, count = self._nll(output, targets)
         kl = self.model.kl().to(nll.device)
         weight = self.kl_temperature if step is None else self.weight(step)
-        return ELBOTerms(nll + weight * kl / self.num_examples, nll, kl, weight)
+        share = 1 / values if targets is None else len(targets) / count
+        return ELBOTerms(nll + weight * kl * share / self.num_examples, nll, kl, weight)
 
-    def _nll(self, output: Any, targets: Tensor | None) -> Tensor:
+    def _nll(self, output: Any, targets: Tensor | None) -> tuple[Tensor, Tensor | float]:
+        """The mean NLL, and the number of target values it is the mean of, if there are targets."""
         if targets is None:
             loss = getattr(output, "loss", None)
             if loss is None:
@@ -94,7 +105,7 @@ class ELBO:
                     "likelihood='mixture' needs the members' outputs, but the network gave its own loss, which is "
                     "their average; use likelihood='average'."
                 )
-            return loss
+            return loss, 1.0
         outputs = Rows(self.model.model).outputs(output)
         members = self.model.members
         partitioned = self.model.expansion == "partition"
@@ -105,9 +116,9 @@ class ELBO:
             )
         if self.likelihood == "mixture" and members > 1 and partitioned:
             raise ConfigError("likelihood='mixture' needs every member to see every example; use expand='replicate'.")
-        return task_nll(
-            outputs, targets, self.model.task, members=1 if partitioned else members, likelihood=self.likelihood
-        )
+        task: TaskName = resolve_task(outputs, self.model.task)
+        nll = task_nll(outputs, targets, task, members=1 if partitioned else members, likelihood=self.likelihood)
+        return nll, TASKS[task].count(targets).to(nll.device)
 
 
 def task_nll(

@@ -123,6 +123,19 @@ def test_labels_of_tokens() -> None:
     assert ELBO(bnn, 50)(rows, y).nll.item() == pytest.approx(by_hand, rel=1e-5)
 
 
+def test_the_kl_is_shared_by_all_values_of_an_example() -> None:
+    """The loss times the values of an example is the bound for an example: the sum of its NLL, and KL / N."""
+    bnn = bayesify(nn.Linear(6, C), members=K, task="classification").train()
+    y = torch.tensor([[0, 1, 4], [2, -100, -100]])
+    found = ELBO(bnn, 50)(bnn(torch.randn(2, 3, 6)), y)
+    assert (found.loss * 2).item() == pytest.approx((found.nll * 2 + found.kl / 50).item(), rel=1e-6)
+    values = bayesify(nn.Linear(6, 8), members=K, task="gaussian").train()
+    found = ELBO(values, 50)(values(torch.randn(2, 6)), torch.randn(2, 4))
+    assert (found.loss * 4).item() == pytest.approx((found.nll * 4 + found.kl / 50).item(), rel=1e-6)
+    own = ELBO(bnn, 50)(SimpleNamespace(loss=torch.tensor(2.5)), values=7.0)
+    assert own.loss.item() == pytest.approx(2.5 + own.kl.item() / 350, rel=1e-6)
+
+
 def test_regression_is_a_normal_of_unit_variance() -> None:
     bnn = bayesify(nn.Linear(6, 1), members=K, task="regression").train()
     y = torch.randn(B)

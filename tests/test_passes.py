@@ -105,6 +105,18 @@ def test_members_part_late_in_a_compiled_network() -> None:
     assert rows[0] == 4  # the stem's
 
 
+def test_members_part_in_a_pass_only() -> None:
+    """After training, parts of the network that are called by themselves get their own rows, however many."""
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    bnn = bayesify(network, members=4, sites="2")
+    x = torch.randn(5, 4)
+    bnn.train()
+    assert bnn(x).shape == (20, 3)
+    bnn.eval()
+    assert bnn.model(x).shape == (5, 3)
+    assert bnn.model(x[:2]).shape == (2, 3)
+
+
 def test_a_look_at_inputs_with_a_state_waits_for_plain_ones() -> None:
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 

@@ -48,9 +48,14 @@ class RankBatches(Sampler[list[int]]):
 
 
 def endless(loader: DataLoader[Any], sampler: RankBatches, dataset: Dataset[Any], first: int) -> Iterator[Any]:
-    """Batches for ever, from global batch number `first` on; the data set's epoch follows."""
+    """Batches for ever, from global batch number `first` on; the data set's epoch follows.
+
+    Workers of every process and epoch have random numbers of their own, which do not depend on where a run began.
+    """
     sampler.epoch, sampler.start = divmod(first, len(sampler))
     while True:
+        if loader.generator is not None:
+            loader.generator.manual_seed((sampler.seed * 1_000_003 + sampler.epoch) * sampler.world + sampler.rank)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(sampler.epoch)  # type: ignore[attr-defined]
         yield from loader

@@ -18,7 +18,7 @@ from bayesify.objective import ELBO
 
 
 class KLCallback(TrainerCallback):
-    """Makes transformers' Trainer minimize NLL + T · κ(t) · KL / N, as `ELBO` does (paper Eq. 2).
+    """Makes transformers' Trainer minimize NLL + T · κ(t) · KL / (N · V), as `ELBO` does (paper Eq. 2).
 
     ```python
     optimizer = make_optimizer(bnn, FineTuneConfig(learning_rate=2e-5))

@@ -40,16 +40,26 @@ def select_trained(model: nn.Module, config: FineTuneConfig) -> None:
 
 
 def head_parameters(model: nn.Module) -> set[str]:
-    """Names of a classification head's parameters: timm's classifier, or what transformers put on its base model."""
+    """Names of a classification head's parameters: timm's classifier, or what transformers put on its base model.
+
+    Some transformers models have no base model under its usual name; what is no pretrained model in them is the head.
+    """
     if callable(getattr(model, "get_classifier", None)):
         heads: Any = model.get_classifier()  # type: ignore[operator]
         wanted = {id(p) for h in (heads if isinstance(heads, (tuple, list)) else [heads]) if isinstance(h, nn.Module)
                   for p in h.parameters()}  # fmt: skip
         return {name for name, p in model.named_parameters() if id(p) in wanted}
     prefix = getattr(model, "base_model_prefix", None)
-    if isinstance(prefix, str) and prefix and hasattr(model, prefix):
-        return {name for name, _ in model.named_parameters() if not name.startswith(f"{prefix}.")}
-    return set()
+    if not isinstance(prefix, str):
+        return set()
+    base: Any = getattr(model, prefix, None) if prefix else None
+    if callable(getattr(base, "get_classifier", None)):  # a network of timm in one of transformers
+        return {f"{prefix}.{name}" for name in head_parameters(base)}
+    if base is not None:
+        bases = {prefix}
+    else:
+        bases = {name for name, child in model.named_children() if hasattr(child, "base_model_prefix")}
+    return {name for name, _ in model.named_parameters() if bases and name.partition(".")[0] not in bases}
 
 
 def parameter_groups(model: nn.Module, config: FineTuneConfig) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from bayesify.batch import Rows, split_batch
+from bayesify.batch import Rows, is_target, split_batch, values_per_example
 from bayesify.data.seeding import seeded
 from bayesify.errors import ConfigError, DataError, FormatError, TrainingError
 from bayesify.finetune.batches import RankBatches, endless
@@ -124,6 +124,7 @@ class FineTuner:
         self._settle()
         set_seed(config.seed, device_specific=True)
         select_trained(self.model, config)
+        _check_halves(self.model)
         bayesian = isinstance(self.model, BayesianModel)
         optimizer = make_optimizer(self.model, config)
         progress: dict[str, Any] = {"step": 0, "best_nll": None, "best_step": None}
@@ -167,8 +168,9 @@ class FineTuner:
                         if self.validation is not None:
                             scores = self.validate()
                             log.write({"step": done, **scores})
-                            if progress["best_nll"] is None or scores["validation_nll"] < progress["best_nll"]:
-                                progress.update(best_nll=scores["validation_nll"], best_step=done)
+                            nll, least = scores["validation_nll"], progress["best_nll"]
+                            if math.isfinite(nll) and (least is None or nll < least):
+                                progress.update(best_nll=nll, best_step=done)
                                 best = {n: t.detach().cpu().clone() for n, t in trained_state(self.model).items()}
                         progress.update(step=done, scheduler=_plain(scheduler.state_dict()))
                         self._save(optimizer, progress, best)
@@ -178,7 +180,9 @@ class FineTuner:
         finally:
             accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             if config.trackers:
-                accelerator.end_training()
+                for tracker in accelerator.trackers:  # end_training() would end the process group, too
+                    tracker.finish()
+            accelerator.free_memory()  # or the next fit would have two optimizers
             if bayesian:
                 self.model.expansion = "replicate"  # type: ignore[assignment]
             self.model.eval()
@@ -207,26 +211,35 @@ class FineTuner:
             last = number == forwards - 1
             with nullcontext() if last else accelerator.no_sync(model):
                 output = model(*args, **(kwargs if own is None else own))
-                terms: ELBOTerms = objective(output, labels if own is None else None, step)
+                if own is None:
+                    terms: ELBOTerms = objective(output, labels, step)
+                else:
+                    batch = Rows(self._network).batch_size(args, own)
+                    terms = objective(output, None, step, values=values_per_example(own, batch))
                 means = accelerator.reduce(torch.stack([terms.loss.detach(), terms.nll.detach()]), "mean")
                 loss, nll = means.tolist()  # type: ignore[union-attr]
                 if not math.isfinite(loss):
-                    optimizer.zero_grad()
-                    kept = f" The last checkpoint, in {self.output}, is kept." if self.output else ""
-                    raise TrainingError(
-                        f"the loss is {loss} at step {step + 1} "
-                        f"(nll {nll:.4g}, kl {terms.kl.item():.4g}). "
-                        f"Try a lower learning_rate or factor_lr_multiplier.{kept}"
-                    )
-                accelerator.backward(terms.loss / forwards)
+                    raise self._diverged(optimizer, step, f"loss is {loss}", f"nll {nll:.4g}, kl {terms.kl.item():.4g}")
+                shared = _zero(model) if last and accelerator.num_processes > 1 else 0.0
+                accelerator.backward(terms.loss / forwards + shared)
             parts = {"loss": loss, "nll": nll, "kl": terms.kl.item(), "kl_weight": terms.weight}
             totals = {name: totals[name] + value / forwards for name, value in parts.items()}
-        if config.clip_norm is not None:
-            norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
-            totals["gradient_norm"] = float(norm) if norm is not None else math.nan
+        limit = math.inf if config.clip_norm is None else config.clip_norm
+        norm = accelerator.clip_grad_norm_(model.parameters(), limit)
+        totals["gradient_norm"] = float(norm) if norm is not None else math.nan
+        if not math.isfinite(totals["gradient_norm"]) and accelerator.scaler is None:  # a scaler skips such steps
+            raise self._diverged(optimizer, step, "gradient is not finite", f"loss {totals['loss']:.4g}")
         optimizer.step()
         optimizer.zero_grad()
         return totals
+
+    def _diverged(self, optimizer: Any, step: int, what: str, numbers: str) -> TrainingError:
+        """The error, with weights as they are after the step before."""
+        optimizer.zero_grad()
+        kept = f" The last checkpoint, in {self.output}, is kept." if self.output else ""
+        return TrainingError(
+            f"the {what} at step {step + 1} ({numbers}). Try a lower learning_rate or factor_lr_multiplier.{kept}"
+        )
 
     # ---------------------------------------------------------------------------------------------- validation
 
@@ -236,6 +249,7 @@ class FineTuner:
         if self.validation is None:
             raise DataError("there is no validation data.")
         accelerator, config = self.accelerator, self.config
+        self.model.to(accelerator.device)
         share = range(accelerator.process_index, len(self.validation), accelerator.num_processes)  # type: ignore[arg-type]
         size = max(1, config.batch_size // accelerator.num_processes)
         groups = [list(share[start : start + size]) for start in range(0, len(share), size)]
@@ -247,7 +261,8 @@ class FineTuner:
             generator=torch.Generator().manual_seed(config.seed),
         )
         # Sums of NLL and right answers, and the counts they are divided by.
-        totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+        precise = torch.float32 if accelerator.device.type == "mps" else torch.float64  # Apple's has no more
+        totals = torch.zeros(4, dtype=precise, device=accelerator.device)
         for number, batch in enumerate(loader):
             args, kwargs, labels = split_batch(send_to_device(batch, accelerator.device))
             with accelerator.autocast():
@@ -260,8 +275,7 @@ class FineTuner:
         own = _for_own_loss(kwargs, labels)
         if own is not None:
             self.model.eval()
-            network = self.model.model if isinstance(self.model, BayesianModel) else self.model
-            count = Rows(network).batch_size(args, kwargs)
+            count = Rows(self._network).batch_size(args, kwargs)
             return [float(self.model(*args, **own).loss) * count, count, 0.0, 0.0]
         if labels is None:
             raise DataError("a validation batch has no labels.")
@@ -273,6 +287,10 @@ class FineTuner:
         right = (predictive.probs.argmax(-1) == labels).sum()
         return [nll, count, float(right), count]
 
+    @property
+    def _network(self) -> nn.Module:
+        return self.model.model if isinstance(self.model, BayesianModel) else self.model
+
     def _predict(self, args: Any, kwargs: Any, seed: int) -> Predictive:
         if isinstance(self.model, BayesianModel):
             return self.model.predict(*args, **kwargs, samples=self.config.eval_samples, seed=seed)
@@ -282,7 +300,7 @@ class FineTuner:
 
     # ---------------------------------------------------------------------------------------------- parts
 
-    def _objective(self) -> Callable[[Any, Tensor | None, int], ELBOTerms]:
+    def _objective(self) -> Callable[..., ELBOTerms]:
         if not isinstance(self.model, BayesianModel):
             return _plain_nll(self.model)
         annealing = round(self.config.kl_annealing * self.total_steps)
@@ -335,7 +353,7 @@ def _for_own_loss(kwargs: dict[str, Any], labels: Tensor | None) -> dict[str, An
     of other names or kinds (start_positions, the objects of images).
     """
     if labels is None:
-        return kwargs if any(name.endswith(("labels", "_positions")) for name in kwargs) else None
+        return kwargs if any(map(is_target, kwargs)) else None
     return {**kwargs, "labels": labels} if labels.dim() > 1 and kwargs else None
 
 
@@ -349,12 +367,18 @@ def _accelerator(config: FineTuneConfig, output: Path | None) -> Accelerator:
     )
 
 
-def _plain_nll(model: nn.Module) -> Callable[[Any, Tensor | None, int], ELBOTerms]:
+def _zero(model: nn.Module) -> Tensor:
+    """Zero, with a gradient for every parameter that trains: processes wait for all, used in the forward or not."""
+    firsts = [p.flatten()[0].float() for p in model.parameters() if p.requires_grad and p.numel()]
+    return 0.0 * torch.stack(firsts).sum()
+
+
+def _plain_nll(model: nn.Module) -> Callable[..., ELBOTerms]:
     """The loss of a plain network, in the form the loop expects."""
 
     task = _plain_task(model)
 
-    def objective(output: Any, targets: Tensor | None, step: int) -> ELBOTerms:
+    def objective(output: Any, targets: Tensor | None, step: int, values: float = 1.0) -> ELBOTerms:
         nll = output.loss if targets is None else task_nll(Rows(model).outputs(output), targets, task)
         return ELBOTerms(nll, nll.detach(), torch.zeros(()), 0.0)
 
@@ -374,6 +398,15 @@ def _check_plain(model: nn.Module, config: FineTuneConfig) -> None:
     for name in ("train", "train_also", "norms_and_biases", "expand", "likelihood", "train_samples"):
         if getattr(config, name) != getattr(usual, name):
             raise ConfigError(f"{name}={getattr(config, name)!r} has no meaning for a network that is not Bayesian.")
+
+
+def _check_halves(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise ConfigError(
+                f"{name} is float16, in which squares of gradients vanish and steps are lost. Call model.float() "
+                "first, and have precision='fp16' or 'bf16' for speed; or train='factors' alone."
+            )
 
 
 def _check_partition(model: nn.Module, config: FineTuneConfig, batches: RankBatches) -> None:

@@ -13,13 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bayesify.batch import Rows, map_tensors
+from bayesify.batch import Rows, is_target, map_tensors
 from bayesify.graph.calls import Call, record_calls
 from bayesify.graph.inputs import Inputs
 from bayesify.layers import MemberBatchNorm, Rank1Layer
 
-_TARGETS = ("labels", "_positions")
-"""Ends of the names of inputs that outputs are compared with."""
 _MEMBERS = 3
 """How many are tried on shapes: not two, which inputs may be repeated for already."""
 
@@ -60,7 +58,7 @@ class Parting:
                 layer = self._model.get_submodule(name)
                 self._handles[name] = layer.register_forward_pre_hook(_AtCall(self, name), with_kwargs=True)
         self._tail, self._batch, self._members = cut.tail, batch, members
-        targets = {name: value for name, value in kwargs.items() if name.endswith(_TARGETS)}
+        targets = {name: value for name, value in kwargs.items() if is_target(name)}
         return args, kwargs | rows.grow((), targets, batch, members)[1]
 
     def leave(self, output: Any) -> Any:

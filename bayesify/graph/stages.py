@@ -11,7 +11,8 @@ from torch import nn
 from bayesify.errors import ConversionError
 from bayesify.graph.plan import join
 
-_NUMBERED = re.compile(r"(.*?)\d+")
+_NUMBERED = re.compile(r"(.*?)\d+[a-z]?")
+"""layer4, blocks.11, Mixed_7c"""
 
 
 def stages(model: nn.Module) -> list[str]:

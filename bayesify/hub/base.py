@@ -76,7 +76,8 @@ def load_base(
         pretrained: False builds the architecture with random weights.
         model_args: more arguments for `timm.create_model`, or fields of the transformers config.
 
-    Weights are read from safetensors, never from pickle (plain timm names: from where timm keeps them).
+    Weights are read from safetensors, never from pickle (plain timm names: from where timm keeps them). Those of
+    transformers models become float32, unless model_args has a dtype.
 
     Raises:
         BayesifyError: the name is unknown, or its weights cannot be downloaded.

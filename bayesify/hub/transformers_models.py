@@ -56,6 +56,8 @@ def load_transformers(
         else:
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
             new = {name for name, _ in model.named_parameters()}
+    if not {"dtype", "torch_dtype"} & arguments.keys() and not getattr(model, "is_quantized", False):
+        model.float()  # weights stored in halves would be trained in halves, where small steps are lost
     found = [str(model.config.id2label[label]) for label in sorted(model.config.id2label)]
     ordered = [name for name, _ in model.named_parameters() if name in new]
     return model, found, ordered

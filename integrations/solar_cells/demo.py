@@ -127,7 +127,7 @@ def main(
     FineTuner(plain, train, validation, config, output=output / "deterministic").fit()
     done = time.perf_counter()
     print(f"{done - started:.0f} s\n[bold]Bayesian fine-tune[/bold], {members} members, the same number of steps")
-    bnn = bayesify(base.model, members=members, sites=sites)
+    bnn = bayesify(base.model, members=members, sites=sites, new_layers=base.new_layers)
     print(f"{len(bnn.report.converted)} sites, {100 * bnn.report.parameter_overhead:.2f} % more parameters")
     bnn.origin, bnn.label_names, bnn.preprocessing = origin_of(base.model, base), splits.label_names, preprocessing
     FineTuner(bnn, train, validation, config, output=results).fit()

@@ -174,6 +174,20 @@ def test_resumed_run_of_a_tied_model_equals_an_unbroken_one(tmp_path: Path) -> N
         torch.testing.assert_close(resumed.state_dict()[name], value, msg=name)
 
 
+def test_the_kl_is_shared_by_all_tokens_of_an_example() -> None:
+    bnn = language_model().train()
+    ids = torch.randint(3, WORDS, (4, T))
+    labels = ids.clone()
+    labels[:2, :3] = -100
+    bnn.kl_weight = 0.1
+    torch.manual_seed(0)
+    found = bnn(input_ids=ids, labels=labels).loss.item()
+    bnn.kl_weight = 0.0
+    torch.manual_seed(0)
+    nll = bnn(input_ids=ids, labels=labels).loss.item()
+    assert found - nll == pytest.approx(0.1 * bnn.kl().item() / ((4 * T - 6) / 4), rel=1e-3)
+
+
 def test_options_stand_before_the_networks_own_config() -> None:
     bnn: Any = classifier(init_scale=0.2)
     assert isinstance(bnn.config, NetworkConfig)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bayesify import ELBO, BayesianModel, ConfigError, bayesify
 from bayesify.finetune import FineTuneConfig, FineTuner
-from bayesify.finetune.groups import make_optimizer, make_schedule, parameter_groups, select_trained
+from bayesify.finetune.groups import head_parameters, make_optimizer, make_schedule, parameter_groups, select_trained
 from bayesify.modes import start_training
 
 
@@ -232,3 +232,37 @@ def test_frozen_batch_norms_make_rows_independent() -> None:
     torch.manual_seed(0)
     alone = bnn(x[:1])
     torch.testing.assert_close(both[::4], alone)
+
+
+TINY = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+PATCHES = {**TINY, "image_size": 16, "patch_size": 8}
+
+
+def _families() -> dict[str, tuple[Any, Any, set[str]]]:
+    import transformers as t
+
+    clip = t.CLIPConfig(text_config=TINY, vision_config=PATCHES)
+    speech: Any = t.WhisperConfig(
+        d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=8, decoder_ffn_dim=8, num_mel_bins=4, classifier_proj_size=4,
+    )  # fmt: skip
+    gpt2 = t.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20)
+    wrapped = t.TimmWrapperConfig(architecture="test_resnet", num_labels=3)
+    return {
+        "vit": (t.ViTForImageClassification, t.ViTConfig(**PATCHES), {"classifier"}),
+        "clip": (t.CLIPForImageClassification, clip, {"classifier"}),
+        "whisper": (t.WhisperForAudioClassification, speech, {"projector", "classifier"}),
+        "gpt2": (t.GPT2ForSequenceClassification, gpt2, {"score"}),
+        "timm": (t.TimmWrapperForImageClassification, wrapped, {"timm_model.fc"}),
+    }
+
+
+@pytest.mark.parametrize("family", ["vit", "clip", "whisper", "gpt2", "timm"])
+def test_the_head_of_a_transformers_model_trains_with_the_factors(family: str) -> None:
+    build, config, expected = _families()[family]
+    network = build(config)
+    assert {name.rpartition(".")[0] for name in head_parameters(network)} == expected
+    bnn = bayesify(network, members=2)
+    select_trained(bnn, FineTuneConfig(train="factors"))
+    learned = {name.rpartition(".")[0] for name, p in bnn.slow_parameters() if p.requires_grad}
+    assert learned == expected

@@ -27,6 +27,7 @@ VIT = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 3, "num_heads
 
 BUILD: dict[str, tuple[Callable[[], nn.Module], str, set[str]]] = {
     "resnet": (lambda: timm.create_model("resnet18"), "layer4", {"fc"}),
+    "inception": (lambda: timm.create_model("inception_v3"), "Mixed_7c", {"fc"}),
     "convnext": (lambda: timm.create_model("convnext_atto"), "stages.3", {"head.fc"}),
     "vit": (lambda: timm.create_model("vit_tiny_patch16_224", **VIT), "blocks.2", {"head"}),
     "bert": (

@@ -118,6 +118,16 @@ def test_transformers_folder_with_a_new_head(bert_folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_weights_stored_in_halves_are_loaded_to_be_trained(bert_folder, tmp_path):
+    model, _ = bert_folder
+    model.half().save_pretrained(tmp_path / "half")
+    base = load_base(tmp_path / "half")
+    assert {p.dtype for p in base.model.parameters()} == {torch.float32}
+    assert torch.equal(base.model.classifier.weight, model.classifier.weight.float())
+    kept = load_base(tmp_path / "half", model_args={"dtype": "float16"})
+    assert {p.dtype for p in kept.model.parameters()} == {torch.float16}
+
+
 def test_transformers_folder_without_a_head(tmp_path):
     BertModel(BertConfig(vocab_size=50, **TINY)).save_pretrained(tmp_path)
     base = load_base(tmp_path, num_labels=7)

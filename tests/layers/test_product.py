@@ -165,6 +165,21 @@ def kept(model: nn.Module, x: Tensor) -> int:
     return sum(sizes.values())
 
 
+@pytest.mark.parametrize("size", [1.0, 0.1, 1e-2, 1e-4])
+def test_small_factors_have_gradients_in_half_precision(size: float) -> None:
+    """The output, r ∘ y + b, is rounded: what is left of y in it is not enough to have the gradient of r from it."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(64, 32), torch.randn(16, 32) / 32**0.5, torch.ones(1, 16)
+    found = []
+    for dtype in (torch.float64, torch.bfloat16):
+        r = torch.full((1, 16), size, dtype=dtype, requires_grad=True)
+        y = product(*(t.to(torch.bfloat16).to(dtype) for t in (x, weight, bias)), None, r, DENSE, False)
+        assert y is not None
+        found += torch.autograd.grad((y - 1).sum(), r)
+    exact, half = found[0], found[1].double()
+    assert float((half - exact).norm() / exact.norm()) < 0.06
+
+
 def test_gradient_checkpointing_keeps_nothing() -> None:
     inputs = operands("images", N)
     expected = gradients(plain(*inputs, convolution()), inputs)
