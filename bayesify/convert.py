@@ -87,6 +87,8 @@ def inspect(
 def _config(config: Rank1Config | None, options: dict[str, Any]) -> Rank1Config:
     if config is not None and options:
         raise ConfigError(f"give a Rank1Config or keywords, not both; found {', '.join(options)} beside the config.")
+    if config is not None and not isinstance(config, Rank1Config):
+        raise ConfigError(f"config must be a Rank1Config; found {type(config).__name__}. Options go by name.")
     try:
         return config or Rank1Config(**options)
     except TypeError as error:

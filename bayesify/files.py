@@ -56,13 +56,18 @@ def write_json(path: str | Path, content: Any, *, indent: int | None = 2, allow_
     write_text(path, json.dumps(content, indent=indent, allow_nan=allow_nan) + "\n")
 
 
+def _is_left_over(name: str) -> bool:
+    """Whether a file or folder is what a killed process of ours left behind."""
+    return name.startswith(".saving-") or (name.startswith(".") and name.endswith(".tmp"))
+
+
 def check_output(folder: str | Path) -> Path:
     """A folder that is new, empty or ours; anything else is a `FormatError`, with nothing touched."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FormatError(f"{folder} is a file; expected a folder to write to.")
     if folder.is_dir():
-        found = sorted(path.name for path in folder.iterdir())
+        found = sorted(path.name for path in folder.iterdir() if not _is_left_over(path.name))
         if found and not any(name in OUR_FILES for name in found):
             raise FormatError(
                 f"{folder} already holds something else ({', '.join(found[:3])}); give a new or empty folder."

@@ -25,6 +25,7 @@ from bayesify import (
     from_pretrained,
 )
 from bayesify.errors import FormatError
+from bayesify.evaluation import evaluate
 from bayesify.fused import FusedModel, Weights
 from bayesify.hub import load_base, load_model, origin_of, save_timm_folder
 from bayesify.layers import Rank1Layer
@@ -343,6 +344,19 @@ def test_a_copy_computes_with_its_own_weights() -> None:
             parameter.zero_()
     assert called(fused, x).std() > 0
     assert error(called(other, x), called(convert(BY_NAME["mlp"].model()), x)) > 1e-3
+
+
+def test_it_is_evaluated_as_the_bayesian_model_is() -> None:
+    torch.manual_seed(0)
+    bnn = bayesify(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), members=2)
+    batches = [(torch.randn(6, 5), torch.randint(3, (6,))) for _ in range(2)]
+    bnn.eval()(batches[0][0])
+    reports = [evaluate(model, batches, progress=False) for model in (bnn, bnn.fuse())]
+    assert (reports[0].members, reports[0].samples) == (reports[1].members, reports[1].samples) == (2, 1)
+    for metric, value in reports[0].metrics["bayesian"].items():
+        assert reports[1].metrics["bayesian"][metric] == pytest.approx(value, abs=1e-5)
+    with pytest.raises(ConfigError, match="draws folded in"):
+        evaluate(bnn.fuse(), batches, samples=3, progress=False)
 
 
 def test_it_is_for_inference_alone() -> None:

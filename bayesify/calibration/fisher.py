@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from bayesify.batch import Rows, split_batch
@@ -79,9 +80,10 @@ def example_gradients(
     generator = torch.Generator(device).manual_seed(seed)
     with evaluating(bnn), torch.enable_grad():
         for batch in loader:
-            args, kwargs, _ = split_batch(_to(batch, device))
-            bnn.settled(lambda: None, args, kwargs)
+            args, kwargs, _ = split_batch(send_to_device(batch, device))
             examples = Rows(bnn.model).batch_size(args, kwargs)
+            if examples == 0:
+                continue
             for member in members:
                 call = partial(bnn.model, *args, **kwargs)
                 yield member, _gradients(bnn, call, factors, member, examples, generator)
@@ -102,9 +104,3 @@ def _gradients(
         log_probs = logits.float().log_softmax(-1).flatten(0, -2)
         labels = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
         return list(torch.autograd.grad(log_probs.gather(1, labels).sum(), leaves))
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    from accelerate.utils import send_to_device
-
-    return send_to_device(batch, device)

@@ -17,6 +17,7 @@ from torch import Tensor
 from bayesify.config import check_number
 from bayesify.errors import ConfigError, DataError
 from bayesify.evaluation.collect import collect_labeled
+from bayesify.tasks import IGNORED
 
 if TYPE_CHECKING:
     from bayesify.model import BayesianModel
@@ -71,6 +72,7 @@ def fit_sets(
     predictive, labels = collect_labeled(bnn, loader, samples=samples, seed=seed, progress=False)
     if predictive.task != "classification" or labels.dim() != 1:
         raise ConfigError("sets of classes are for one class an example; tokens, pixels and several labels have more.")
-    scores = conformity(predictive.probs, penalty).gather(-1, labels[:, None].long()).squeeze(-1)
+    counts = labels != IGNORED
+    scores = conformity(predictive.probs[counts], penalty).gather(-1, labels[counts, None].long()).squeeze(-1)
     bnn.conformal = Conformal(scores.sort().values, float(penalty), samples)
     return bnn.conformal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,13 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
+from bayesify.batch import split_batch
 from bayesify.calibration.fisher import fisher, low_rank_fisher
 from bayesify.config import check_number
 from bayesify.distributions import NormalFactor
 from bayesify.distributions.priors import SCALE_FLOOR
-from bayesify.errors import ConfigError
+from bayesify.errors import ConfigError, DataError
 from bayesify.evaluation.collect import collect_labeled
 
 if TYPE_CHECKING:
@@ -63,12 +66,15 @@ def fit_spread(
         raise ConfigError(f"method={method!r} is unknown; expected 'fisher', 'low-rank' or 'search'.")
     if prior_scale is not None:
         check_number("prior_scale", prior_scale, "positive", lambda v: 0.0 < v < math.inf)
+    if method == "search" and prior_scale is not None:
+        raise ConfigError("method='search' compares spreads, and has no prior; leave prior_scale out.")
     if validation is not None and (prior_scale is not None or method == "search"):
         raise ConfigError("validation chooses the prior_scale of 'fisher' and 'low-rank'; leave prior_scale out.")
     if bnn.config.posterior != "normal":
         raise ConfigError(
             f"fit_spread needs a spread for every element, as posterior='normal' has; found {bnn.config.posterior!r}."
         )
+    loader = _settled(bnn, loader)
     factors: list[NormalFactor] = [f for _, _, f in bnn.factors()]  # type: ignore[misc]
     with _kept(factors):
         if method == "search":
@@ -83,6 +89,17 @@ def fit_spread(
             fit = SpreadFit(place(chosen), count, chosen)
     bnn.temperature, bnn.conformal = 1.0, None  # they were those of another predictive
     return fit
+
+
+def _settled(bnn: BayesianModel, loader: Iterable[Any]) -> Iterable[Any]:
+    """The same batches, after the model has seen the first: it may lose sites by it."""
+    batches = iter(loader)
+    first = next(batches, None)
+    if first is None:
+        return ()
+    args, kwargs, _ = split_batch(send_to_device(first, next(bnn.parameters()).device))
+    bnn.settled(lambda: None, args, kwargs)
+    return itertools.chain([first], batches) if batches is loader else loader
 
 
 def _diagonal(
@@ -156,7 +173,7 @@ def _lowest_nll(
     seed: int,
 ) -> tuple[float, int]:
     """The value with the lowest NLL of the labels, tried in order until it rises, and the number of examples."""
-    best, examples = (math.inf, values[0]), 0
+    best, examples, nll = (math.inf, values[0]), 0, math.nan
     for value in values:
         place(value)
         predictive, labels = collect_labeled(bnn, batches, samples=samples, seed=seed, progress=False)
@@ -164,6 +181,8 @@ def _lowest_nll(
         if not nll < best[0]:
             break
         best = (nll, value)
+    if best[0] == math.inf:
+        raise DataError(f"the NLL of the labels is {nll}: outputs or inputs are not finite.")
     return best[1], examples
 
 

@@ -35,11 +35,17 @@ def fit_temperature(bnn: BayesianModel, loader: Iterable[Any], *, samples: int |
 
 
 def best_temperature(predictive: Predictive, labels: Any) -> float:
-    """The T with the lowest NLL of the mixture of all members' and samples' outputs / T, by golden section on log T."""
+    """The T with the lowest NLL of the mixture of all members' and samples' outputs / T, by golden section on log T.
+
+    Raises:
+        DataError: the NLL is not finite.
+    """
 
     def nll(log_t: float) -> float:
         return float(Predictive(predictive.outputs / math.exp(log_t), predictive.task).nll(labels))
 
+    if not math.isfinite(nll(0.0)):
+        raise DataError(f"the NLL of the labels is {nll(0.0)}: outputs or inputs are not finite.")
     low, high = (math.log(end) for end in RANGE)
     left, right = high - _SHRINK * (high - low), low + _SHRINK * (high - low)
     at_left, at_right = nll(left), nll(right)

@@ -39,7 +39,11 @@ def evaluate(
         Path | None, typer.Option(help="Folder for report.json, report.md and pictures.", show_default=False)
     ] = None,
     ood: Annotated[
-        str | None, typer.Option(help="Data set unlike the training data; its labels are ignored.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Data set unlike the training data; its labels are ignored, its columns found by themselves.",
+            show_default=False,
+        ),
     ] = None,
     ood_split: Annotated[
         str | None,
@@ -94,7 +98,7 @@ def _outside(dataset: str, split: str | None, data: DataOptions, preprocessing: 
     """Out-of-distribution examples, made into inputs as the model's own are; labels dropped."""
     from bayesify.data import prepare
 
-    splits = data.load(dataset, split)
+    splits = data.load(dataset, split, labels=False)
     names = [name for name in ("test", "validation", "train") if name in splits.named] or list(splits.named)
     if split is None and len(names) > 1 and names[0] not in ("test", "validation", "train"):
         raise DataError(f"{dataset} has the splits {', '.join(names)}; choose one with --ood-split.")

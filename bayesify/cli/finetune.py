@@ -20,6 +20,7 @@ from bayesify.cli.options import (
 )
 from bayesify.config import Rank1Config
 from bayesify.errors import ConfigError, DataError, FormatError
+from bayesify.files import replacing
 from bayesify.finetune.config import FineTuneConfig
 
 if TYPE_CHECKING:
@@ -86,12 +87,14 @@ def finetune(
     """
     checkpoint = _check_folder(output, resume)
     import torch
+    from rich.console import Console
 
     from bayesify import BayesianModel, bayesify
     from bayesify.data import make_loader
     from bayesify.evaluation import evaluate
     from bayesify.finetune import FineTuner
-    from bayesify.hub import load_model
+    from bayesify.hub import load_model, origin_of
+    from bayesify.hub.card import write_card
 
     splits = data.load(dataset)
     if splits.label_column is None:
@@ -103,6 +106,8 @@ def finetune(
     # All processes, and a resumed run, start with the same head and factors.
     torch.manual_seed(tuning.seed)
     classes = classes_of(splits)
+    if len(classes) < 2:
+        raise DataError(f"{dataset} has one class ({', '.join(classes)}); a classifier needs two or more.")
     network, base = load_model(
         model, label_names=classes, pretrained=not no_pretrained, trust_remote_code=trust_remote_code
     )
@@ -152,6 +157,12 @@ def finetune(
     if not main:
         return
 
+    if isinstance(network, BayesianModel):  # before the evaluation, which may fail
+        network.save_pretrained(output, full=full or no_pretrained)
+    else:
+        device = tuner.accelerator.device
+        _save_base(network.cpu(), base.library, output, preprocessing, classes)
+        network.to(device)
     report = None
     if held_out is not None:
         report = evaluate(
@@ -163,13 +174,9 @@ def finetune(
             class_names=classes,
             output=output,
         )
-    if isinstance(network, BayesianModel):
-        network.save_pretrained(output, full=full or no_pretrained)
-    else:
-        _save_base(network, base.library, output, preprocessing, classes)
-    if report is not None:
-        from rich.console import Console
-
+        if isinstance(network, BayesianModel):  # now with its numbers
+            with replacing(output / "README.md") as card:
+                write_card(card, network, network.origin or origin_of(network.model), output)
         Console().print(report)
     if result.best_step is not None:
         typer.echo(f"Best validation NLL {result.best_nll:.4f} nats, at step {result.best_step} of {result.steps}.")
@@ -201,7 +208,6 @@ def _save_base(
     from bayesify.data import ImagePreprocessing, TextPreprocessing
     from bayesify.hub import save_timm_folder
 
-    network.to("cpu")
     if library == "timm":
         if isinstance(preprocessing, ImagePreprocessing):
             config: Any = network.pretrained_cfg

@@ -69,7 +69,10 @@ def generate(
     from bayesify.hub import load_bayesian
 
     where = device_of(device)
-    texts = [text for prompt in prompts for text in (sys.stdin.read().splitlines() if prompt == "-" else [prompt])]
+    given = (line for prompt in prompts for line in (sys.stdin.read().splitlines() if prompt == "-" else [prompt]))
+    texts = [text for text in given if text.strip()]
+    if not texts:
+        raise DataError("there is nothing to go on from: all prompts are empty.")
     network = load_bayesian(model, trust_remote_code=trust_remote_code)
     goes_on = not getattr(network.model.config, "is_encoder_decoder", False)
     tokenizer = _tokenizer(network, model, goes_on)

@@ -64,7 +64,7 @@ def inspect(
     if inputs is None and (check or cost or first_site):
         raise ConversionError(
             f"{type(network).__name__}: no example inputs could be derived; give them in Python: "
-            "bayesify(model, example_inputs=...), bayesify.cost_report."
+            "bayesify(model, example_inputs=...), or bayesify.cost_report.cost_report."
         )
     tables: list[object] = []
     if converted:

@@ -52,7 +52,8 @@ Samples = Annotated[
     int | None, typer.Option(help="Draws per member; the default is the posterior mean.", show_default=False)
 ]
 MemberChunk = Annotated[
-    int | None, typer.Option(help="Members computed at a time, to save memory; the default is all.", show_default=False)
+    int | None,
+    typer.Option(help="Members computed at a time; the default is what is expected to cost least.", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=False)]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples of one forward pass.")]
@@ -81,10 +82,10 @@ class DataOptions:
     label_column: str | None = None
     subset: str | None = None
 
-    def load(self, dataset: str, split: str | None = None) -> Splits:
+    def load(self, dataset: str, split: str | None = None, labels: bool = True) -> Splits:
         from bayesify.data import load_data
 
-        return load_data(dataset, split=split, **dataclasses.asdict(self))
+        return load_data(dataset, split=split, labels=labels, **dataclasses.asdict(self))
 
 
 def with_options(**panels: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -29,6 +29,7 @@ def load_data(
     split: str | None = None,
     subset: str | None = None,
     revision: str | None = None,
+    labels: bool = True,
 ) -> Splits:
     """Load a data set, find its columns and encode its labels.
 
@@ -43,6 +44,7 @@ def load_data(
         split: keep this split only, or a part of it, e.g. `"test[:200]"`. Labels are still encoded over all.
         subset: the configuration of a Hub data set, e.g. `"mrpc"` of GLUE.
         revision: branch, tag or commit of a Hub data set.
+        labels: False leaves labels unread, whatever they are.
 
     Raises:
         DataError: nothing can be read there, or a column or split does not exist or has no meaning.
@@ -75,7 +77,7 @@ def load_data(
         raise DataError(f"column {column!r} cannot be both input and label; name the other one.")
     splits = {name: _as_input(data, name, kind, [column, pair]) for name, data in splits.items()}
     label_names: list[str] = []
-    if label is not None:
+    if label is not None and labels:
         splits, label_names = encode_labels(splits, label)
     if split is not None:
         splits = _only(splits, split)

@@ -70,7 +70,7 @@ def evaluate(
         out_of_distribution: batches unlike the training data; labels in them are ignored.
         baseline: a network to compare with, usually the one before conversion; listed as "deterministic".
         samples: draws per member; None is the posterior mean.
-        member_chunk: members computed at a time; None is all.
+        member_chunk: members computed at a time; None is as many as are expected to cost least.
         seed: of the draws.
         name: what the report calls the model.
         class_names: C names; adds a table of accuracy by class.

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from bayesify.batch import split_batch
 from bayesify.errors import ConfigError, DataError
+from bayesify.fused import FusedModel
 from bayesify.modes import evaluating
 from bayesify.predictive import Predictive
 from bayesify.progress import progress_bar
-from bayesify.tasks import TaskName, task_of
+from bayesify.tasks import IGNORED, TaskName, task_of
 
 BASELINE = "deterministic"
 """What reports call the baseline."""
@@ -36,12 +37,12 @@ def collect(
     """The predictive [K, S, B, C] of all batches and their labels [B] (None if there are none), on the CPU.
 
     Args:
-        model: a Bayesian model (it has `predict` and `members`), or any network that returns logits [B, C],
-            alone or as `.logits`, which counts as K = S = 1. Run in eval mode, every mode restored after.
+        model: a Bayesian model, fused or not (it has `predict` and `members`), or any network that returns logits
+            [B, C], alone or as `.logits`, which counts as K = S = 1. Run in eval mode, every mode restored after.
         batches: mappings of keyword inputs, labels under "labels"; or tuples (inputs ..., labels); or inputs
             alone, as a tensor, (inputs,) or (inputs ..., None). Labels are not shown to the model.
         samples: draws per member; None is the posterior mean.
-        member_chunk: members computed at a time; None is all.
+        member_chunk: members computed at a time; None is as many as are expected to cost least.
         seed: batch i is predicted with seed + i, so the same batches give the same numbers.
         progress: show a bar with the time left on stderr.
         device: where the inputs go; the default is where the model is.
@@ -51,8 +52,13 @@ def collect(
 
     Raises:
         DataError: no examples, an unreadable batch or output, labels out of range or in some batches only.
+        ConfigError: `samples` or `member_chunk` for a fused model.
     """
     where = torch.device(device) if device is not None else _device(model)
+    options: dict[str, Any] = {"samples": samples, "member_chunk": member_chunk}
+    fused = isinstance(model, FusedModel)
+    if fused and (samples is not None or member_chunk is not None):
+        raise ConfigError("a fused model has its draws folded in: choose them by fuse(samples=...), not here.")
     predictions: list[Predictive] = []
     labels: list[Tensor | None] = []
     with evaluating(model), torch.no_grad():
@@ -62,9 +68,8 @@ def collect(
                 target = None
             args, kwargs = _to(args, where), _to(kwargs, where)
             if hasattr(model, "predict") and hasattr(model, "members"):
-                prediction = model.predict(
-                    *args, **kwargs, samples=samples, member_chunk=member_chunk, seed=seed + index
-                )
+                drawn = {} if fused else {**options, "seed": seed + index}
+                prediction = model.predict(*args, **kwargs, **drawn)
             else:
                 real = target is not None and target.is_floating_point()
                 read_as = task or _special_task(model) or ("regression" if real else "classification")
@@ -90,6 +95,8 @@ def collect_labeled(model: Any, batches: Iterable[Any], **options: Any) -> tuple
     predictive, targets = collect(model, batches, **options)
     if targets is None:
         raise DataError("the data have no labels to compare with; `collect` predicts unlabeled data.")
+    if not targets.is_floating_point() and not (targets != IGNORED).any():
+        raise DataError(f"no label counts: all are {IGNORED}.")
     return predictive, targets
 
 

@@ -64,7 +64,7 @@ def evaluate_corruptions(
         corruptions, severities, batch_size, workers, cache, limit: see `corruption_sets`; for images only. Without a
             cache, images are corrupted once for each model.
         samples: draws per member; None is the posterior mean.
-        member_chunk: members computed at a time; None is all.
+        member_chunk: members computed at a time; None is as many as are expected to cost least.
         seed: of the corruptions and of the draws.
         baseline: a network to compare with, usually the one before conversion; listed as "deterministic".
         name: what the report calls the model.

@@ -79,6 +79,14 @@ class FineTuner:
         collate_fn: Collate | None = None,
         progress: bool = True,
     ) -> None:
+        if config is not None and not isinstance(config, FineTuneConfig):
+            raise ConfigError(f"config must be a FineTuneConfig; found {type(config).__name__}.")
+        for data in (train, validation):
+            if isinstance(data, DataLoader) or (data is not None and not hasattr(data, "__getitem__")):
+                raise DataError(
+                    f"expected a map-style data set, with len() and [index]; found {type(data).__name__}. Batches are "
+                    "made here: give the data set itself."
+                )
         self.model = model
         self.config = config or FineTuneConfig()
         self.train = train

@@ -76,8 +76,9 @@ def save_pretrained(
         if model.preprocessing is not None:
             model.preprocessing.save(temporary)
         write_card(temporary / "README.md", model, origin, folder)
+        # The config goes last, and that of an earlier save first: a reader that finds one finds what belongs to it.
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
         for path in sorted(temporary.iterdir(), key=lambda p: p.name == CONFIG_FILE):
-            # The config goes last: a reader that finds it finds the rest.
             path.chmod(_READABLE & ~_umask())
             os.replace(path, folder / path.name)
     finally:

@@ -124,9 +124,10 @@ def main(
     )
     print(f"[bold]Plain fine-tune[/bold] of {base.id}, {steps} steps of {batch_size} images at {image_size} pixels")
     plain = copy.deepcopy(base.model)
+    begun = time.perf_counter()
     FineTuner(plain, train, validation, config, output=output / "deterministic").fit()
     done = time.perf_counter()
-    print(f"{done - started:.0f} s\n[bold]Bayesian fine-tune[/bold], {members} members, the same number of steps")
+    print(f"{done - begun:.0f} s\n[bold]Bayesian fine-tune[/bold], {members} members, the same number of steps")
     bnn = bayesify(base.model, members=members, sites=sites, new_layers=base.new_layers)
     print(f"{len(bnn.report.converted)} sites, {100 * bnn.report.parameter_overhead:.2f} % more parameters")
     bnn.origin, bnn.label_names, bnn.preprocessing = origin_of(base.model, base), splits.label_names, preprocessing

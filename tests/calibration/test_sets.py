@@ -96,6 +96,15 @@ def test_of_a_model() -> None:
     assert torch.equal(bnn.fuse().predict(fresh).sets(0.2), sets)
 
 
+def test_examples_whose_label_does_not_count_are_left_out() -> None:
+    bnn, (x, y) = converted(), data(200)
+    expected = bnn.fit_sets([(x[50:], y[50:])]).scores
+    y[:50] = -100
+    torch.testing.assert_close(bnn.fit_sets([(x, y)]).scores, expected)
+    with pytest.raises(DataError, match="no label counts"):
+        bnn.fit_sets([(x[:50], y[:50])])
+
+
 def test_they_are_saved_and_read(tmp_path: Path) -> None:
     bnn, (x, y) = converted(), data(300)
     bnn.fit_sets([(x, y)], samples=2)

@@ -104,6 +104,58 @@ def test_what_cannot_be_fitted_leaves_the_model_as_it_was(batches: Any, method: 
     assert all(torch.equal(value, before[name]) for name, value in bnn.state_dict().items())
 
 
+class Loses(nn.Module):
+    """A layer whose input is the same for all examples, in code that cannot be traced: the first call finds out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.last = nn.Linear(4, 3), nn.Linear(5, 3)
+        self.register_buffer("inputs", torch.randn(7, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > -1e9:
+            x = self.last(x)
+        return x + self.table(self.inputs).mean(0)
+
+
+@pytest.mark.parametrize("method", ["fisher", "low-rank", "search"])
+@pytest.mark.parametrize("once", [False, True], ids=["list", "iterator"])
+def test_a_site_may_be_lost_on_the_first_batch(method: Any, once: bool) -> None:
+    fits = []
+    for seen in (False, True):
+        bnn = bayesify(Loses(), members=2, init="ones")
+        assert len(bnn.report.converted) == 2
+        x, y = data()
+        if seen:
+            bnn.eval()(x)
+        batches = [(x[:12], y[:12]), (x[12:], y[12:])]
+        fits.append(bnn.fit_spread(iter(batches) if once else batches, method))
+        assert list(bnn.report.converted) == ["last"]
+    assert fits[0] == fits[1]
+    assert fits[0].examples == 24
+
+
+@pytest.mark.parametrize("method", ["fisher", "low-rank"])
+def test_empty_batches_do_not_count(method: Any) -> None:
+    x, y = data()
+    empty = (x[:0], y[:0])
+    one, other = converted(init="ones"), converted(init="ones")
+    with pytest.raises(DataError, match="empty"):
+        one.fit_spread([empty], method)
+    assert one.fit_spread([empty, (x, y)], method) == other.fit_spread([(x, y)], method)
+
+
+def test_search_needs_numbers_and_no_prior() -> None:
+    bnn, (x, y) = converted(), data()
+    before = state(bnn)
+    with pytest.raises(DataError, match="not finite"):
+        bnn.fit_spread([(x / 0, y)], "search")
+    with pytest.raises(ConfigError, match="no prior"):
+        bnn.fit_spread([(x, y)], "search", prior_scale=0.1)
+    assert all(torch.equal(value, before[name]) for name, value in bnn.state_dict().items())
+
+
 def test_other_posteriors_and_tasks_are_refused() -> None:
     with pytest.raises(ConfigError, match="posterior='normal'"):
         converted(posterior="deterministic").fit_spread([data()])

@@ -119,6 +119,10 @@ def test_a_failed_fit_changes_nothing() -> None:
     bnn.temperature = 1.3
     with pytest.raises(DataError, match="labels"):
         bnn.fit_temperature([x])
+    y = torch.randint(3, (len(x),))
+    for inputs, labels, message in ((x, torch.full_like(y, -100), "no label counts"), (x / 0, y, "not finite")):
+        with pytest.raises(DataError, match=message):
+            bnn.fit_temperature([(inputs, labels)])
     assert bnn.temperature == 1.3
     values = bayesify(nn.Linear(3, 1), members=2)
     with pytest.raises(DataError, match="regression"):

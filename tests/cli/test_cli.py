@@ -21,6 +21,7 @@ from bayesify import Rank1Config, from_pretrained
 from bayesify.cli import app
 from bayesify.cli.options import flag_of
 from bayesify.data import load_data, make_loader, prepare
+from bayesify.errors import DataError
 from bayesify.evaluation import evaluate
 from bayesify.finetune import FineTuneConfig
 from bayesify.hub import load_base
@@ -195,6 +196,24 @@ def test_finetune_writes_what_it_says(trained):
     card = (trained / "README.md").read_text()
     assert "| accuracy |" in card
     assert "reliability.png" in card
+
+
+def test_the_model_is_saved_if_the_evaluation_fails(vit, images, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise DataError("not to be evaluated")
+
+    monkeypatch.setattr("bayesify.evaluation.evaluate", fails)
+    result = run("finetune", vit, images, "--output", tmp_path / "run", *SHORT, "--steps", 2)
+    assert (result.exit_code, result.stderr) == (1, "Error: not to be evaluated\n")
+    assert from_pretrained(tmp_path / "run").members == 2
+
+
+def test_labels_out_of_distribution_are_not_read(bert, texts, tmp_path):
+    run("finetune", bert, texts, "--output", tmp_path / "run", *SHORT, "--steps", 1)
+    (tmp_path / "far.csv").write_text("text,target\nwhat,0.5\nwho,0.25\n")
+    result = run("evaluate", tmp_path / "run", texts, "--ood", tmp_path / "far.csv")
+    assert result.exit_code == 0, result.stderr
+    assert "AUROC" in result.output
 
 
 def test_evaluate_and_predict_agree_with_python(trained, images, tmp_path):
@@ -395,6 +414,7 @@ BAD = {
     "unknown model": (["finetune", "resnet5O", "{images}", "--output", "{out}"], "Did you mean resnet50"),
     "unknown data": (["finetune", "{vit}", "./nowhere", "--output", "{out}"], "does not exist"),
     "unknown column": (["finetune", "{vit}", "{images}", "--output", "{out}", "--label-column", "x"], "not a column"),
+    "one class": (["finetune", "{vit}", "{images}/train/cat", "--output", "{out}"], "has one class"),
     "no site": (["finetune", "{vit}", "{images}", "--output", "{out}", "--include", "nothing"], "nothing"),
     "foreign folder": (["finetune", "{vit}", "{images}", "--output", "{foreign}"], "something else"),
     "foreign, resumed": (["finetune", "{vit}", "{images}", "--output", "{foreign}", "--resume"], "something else"),

@@ -14,7 +14,7 @@ import torch
 from processes import alone_and_together
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from bayesify import BayesianModel, ConfigError, DataError, FormatError, TrainingError, bayesify
 from bayesify.finetune import FineTuneConfig, FineTuner, FineTuneResult
@@ -334,6 +334,16 @@ def test_frozen_weights_are_not_in_the_checkpoint(tmp_path: Path) -> None:
     assert "model.head.weight" in names
     assert "model.body.rank1.weight.s.loc" in names
     assert not names & {"model.body.weight", "model.norm.weight"}
+
+
+def test_what_is_no_data_set_or_config_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must be a FineTuneConfig; found dict"):
+        FineTuner(network(), data(), None, {"epochs": 1})  # type: ignore[arg-type]
+    for kind in (DataLoader(data()), iter(data())):
+        with pytest.raises(DataError, match=r"map-style data set.*found"):
+            FineTuner(network(), kind)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="must be a Rank1Config; found int"):
+        bayesify(Net(), 4)  # type: ignore[arg-type]
 
 
 def test_weights_in_halves_are_not_trained() -> None:

@@ -110,7 +110,7 @@ def test_colors_on_a_terminal(data_dir: Path, tmp_path: Path, monkeypatch: pytes
     ("arguments", "named"),
     [
         (["ab", "--max-new-tokens", 100], "more than the 64 positions"),
-        ([""], "a prompt is empty"),
+        ([""], "all prompts are empty"),
         (["ab", "--top-p", 0.5], "--temperature"),
         (["ab", "--max-new-tokens", 9, "--samples", 0], "samples must be at least 1"),
     ],
@@ -129,3 +129,18 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     untold.save_pretrained(tmp_path)
     result = _run(tmp_path, "ab")
     assert "has no tokenizer" in result.stderr
+
+
+def test_blank_lines_are_no_prompts(saved: Path) -> None:
+    options = ["--max-new-tokens", 2, "--json"]
+    found, expected = (
+        json.loads(_run(saved, "-", *options, input=text).stdout) for text in ("ab\n\n \nc\n", "ab\nc\n")
+    )
+    assert found == expected
+    assert len(found) == 2
+    for text in ("", "\n \n"):
+        result = _run(saved, "-", *options, input=text)
+        assert (result.exit_code, result.stderr) == (
+            1,
+            "Error: there is nothing to go on from: all prompts are empty.\n",
+        )

@@ -213,6 +213,33 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_killed_save_is_no_model_and_can_be_repeated(tmp_path, monkeypatch):
+    """What was saved before is gone then, but nothing is read that does not belong together."""
+    timm_model(tmp_path / "base")
+    base = load_base(tmp_path / "base")
+    bnn = bayesify(base.model, members=2)
+    bnn.origin = origin_of(bnn.model, base)
+    bnn.save_pretrained(tmp_path / "out")
+    replace = os.replace
+
+    def killed(source, target):
+        if os.path.basename(target) == CONFIG:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    bnn.temperature = 3.0
+    with pytest.raises(KeyboardInterrupt):
+        bnn.save_pretrained(tmp_path / "out")
+    monkeypatch.undo()
+    with pytest.raises(FormatError, match=f"{CONFIG}: not found"):
+        from_pretrained(tmp_path / "out")
+    (tmp_path / "first" / ".saving-1").mkdir(parents=True)
+    for folder in ("out", "first"):
+        bnn.save_pretrained(tmp_path / folder)
+        assert from_pretrained(tmp_path / folder).temperature == 3.0
+
+
 def _edited(folder, **fields):
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**config, **fields}))
