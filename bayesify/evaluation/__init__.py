@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bayesify.errors import DataError
+from bayesify.errors import ConfigError, DataError
 from bayesify.evaluation.collect import collect, collect_labeled, with_baseline
 from bayesify.evaluation.corrupted import CORRUPTIONS, SEVERITIES, CorruptedImages, CorruptionSet, corruption_sets
 from bayesify.evaluation.corruption_report import ALEXNET_ERRORS, CorruptionReport
@@ -80,7 +80,7 @@ def evaluate(
 
     Raises:
         DataError: the data are empty or unlabeled, do not fit the model, or cannot be read again.
-        ConfigError: the model and the baseline have the same name.
+        ConfigError: the model and the baseline have the same name; or data out of distribution without classes.
     """
     models = with_baseline(model, name, baseline)
     if baseline is not None:
@@ -101,6 +101,8 @@ def evaluate(
         task = task or getattr(network, "task", None) or predictive.task
         predictions[title] = (predictive, targets)
         if not predictive.has_classes:
+            if out_of_distribution is not None:
+                raise ConfigError(f"out_of_distribution is for classes; these are outputs of a {predictive.task}.")
             metrics[title] = regression_metrics(predictive, targets)
             continue
         scores = score(predictive, targets)

@@ -105,12 +105,12 @@ def _finetune(model: Any, examples: Tensor, steps: int, seed: int, size: int = 1
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-3 if rank1 else 3e-4, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    elbo = ELBO(model, examples.numel()) if rank1 else None  # N counts tokens, as the loss is a mean over them
+    elbo = ELBO(model, len(examples)) if rank1 else None
     model.train()
     for step in range(steps):
         batch = examples[torch.randint(len(examples), (size,))]
         output = model(input_ids=batch, labels=batch)
-        loss = output.loss if elbo is None else elbo(output, step=step).loss
+        loss = output.loss if elbo is None else elbo(output, step=step, values=TOKENS).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

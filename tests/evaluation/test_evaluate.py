@@ -186,6 +186,9 @@ def test_misuse_is_named(case: tuple[Predictive, Tensor]) -> None:
         evaluate(model, [INDEX], progress=False)
     with pytest.raises(DataError, match="2 class names"):
         evaluate(model, data, class_names=["a", "b"], progress=False)
+    values = [(torch.randn(4, 2), torch.randn(4))]
+    with pytest.raises(ConfigError, match="is for classes; these are outputs of a regression"):
+        evaluate(nn.Linear(2, 1), values, out_of_distribution=values, progress=False)
 
 
 @pytest.mark.parametrize(
