@@ -92,7 +92,9 @@ def fit_spread(
 
 
 def _settled(bnn: BayesianModel, loader: Iterable[Any]) -> Iterable[Any]:
-    """The same batches, after the model has seen the first: it may lose sites by it."""
+    """The same batches, after the model has seen the first if it has seen none: it may lose sites by it."""
+    if not bnn.report.unsettled:
+        return loader
     batches = iter(loader)
     first = next(batches, None)
     if first is None:

@@ -413,7 +413,7 @@ def _check_halves(model: nn.Module) -> None:
         if parameter.requires_grad and parameter.dtype == torch.float16:
             raise ConfigError(
                 f"{name} is float16, in which squares of gradients vanish and steps are lost. Call model.float() "
-                "first, and have precision='fp16' or 'bf16' for speed; or train='factors' alone."
+                "first, and have precision='fp16' or 'bf16' for speed."
             )
 
 
