@@ -208,6 +208,13 @@ def test_the_model_is_saved_if_the_evaluation_fails(vit, images, tmp_path, monke
     assert from_pretrained(tmp_path / "run").members == 2
 
 
+def test_one_class_is_no_classification(vit, images, tmp_path):
+    shutil.copytree(images / "train" / "cat", tmp_path / "data" / "train" / "cat")
+    result = run("finetune", vit, tmp_path / "data", "--output", tmp_path / "run", *SHORT)
+    assert (result.exit_code, tree(tmp_path / "run")) == (1, {})
+    assert "has one class (cat)" in result.stderr
+
+
 def test_labels_out_of_distribution_are_not_read(bert, texts, tmp_path):
     run("finetune", bert, texts, "--output", tmp_path / "run", *SHORT, "--steps", 1)
     (tmp_path / "far.csv").write_text("text,target\nwhat,0.5\nwho,0.25\n")
@@ -414,7 +421,6 @@ BAD = {
     "unknown model": (["finetune", "resnet5O", "{images}", "--output", "{out}"], "Did you mean resnet50"),
     "unknown data": (["finetune", "{vit}", "./nowhere", "--output", "{out}"], "does not exist"),
     "unknown column": (["finetune", "{vit}", "{images}", "--output", "{out}", "--label-column", "x"], "not a column"),
-    "one class": (["finetune", "{vit}", "{images}/train/cat", "--output", "{out}"], "has one class"),
     "no site": (["finetune", "{vit}", "{images}", "--output", "{out}", "--include", "nothing"], "nothing"),
     "foreign folder": (["finetune", "{vit}", "{images}", "--output", "{foreign}"], "something else"),
     "foreign, resumed": (["finetune", "{vit}", "{images}", "--output", "{foreign}", "--resume"], "something else"),
