@@ -167,7 +167,7 @@ class FineTuner:
                     terms = self._step(model, optimizer, objective, batches, step)
                     scheduler.step()
                     done = step + 1
-                    log.advance(f"loss {terms['loss']:.4f}")
+                    log.advance(f"NLL {terms['nll']:.4f}")
                     if done % config.log_every == 0 or done == self.total_steps:
                         rates = {g["name"]: g["lr"] for g in optimizer.param_groups}
                         seconds = round(time.perf_counter() - started, 3)
