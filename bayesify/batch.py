@@ -59,6 +59,16 @@ class Rows:
                     return leaf.shape[self.input_dim]
         raise DataError("found no tensor with a batch dimension among the inputs; expected examples in the first one.")
 
+    def values_per_example(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+        """How many target values that count an example has on average: the loss of a network is their mean.
+
+        Targets that are no tensor, such as the objects of images, count as one.
+        """
+        found = [t for name, t in kwargs.items() if is_target(name) and isinstance(t, Tensor) and t.dim()]
+        if not found:
+            return 1.0
+        return max(1, sum(int((t != IGNORED).sum()) for t in found)) / self.batch_size(args, kwargs)
+
     def expand(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], members: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -139,15 +149,6 @@ class Rows:
 def is_target(name: str) -> bool:
     """Whether a network compares its outputs with the input of this name."""
     return name.endswith(("labels", "_positions"))
-
-
-def values_per_example(inputs: Mapping[str, Any], batch: int) -> float:
-    """How many target values that count each of B examples has on average: the loss of a network is their mean.
-
-    Targets that are no tensor, such as the objects of images, count as one.
-    """
-    found = [t for name, t in inputs.items() if is_target(name) and isinstance(t, Tensor) and t.dim()]
-    return max(1, sum(int((t != IGNORED).sum()) for t in found)) / batch if found else 1.0
 
 
 def add_to_loss(output: Any, value: Tensor) -> Any:

@@ -17,6 +17,8 @@ from bayesify.errors import FormatError
 
 CONFIG_FILE = "bayesify_config.json"
 WEIGHTS_FILE = "bayesify.safetensors"
+SAVING = ".saving-"
+"""How the name of a folder begins in which a model is written before it takes its place."""
 OUR_FILES = (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -58,7 +60,7 @@ def write_json(path: str | Path, content: Any, *, indent: int | None = 2, allow_
 
 def _is_left_over(name: str) -> bool:
     """Whether a file or folder is what a killed process of ours left behind."""
-    return name.startswith(".saving-") or (name.startswith(".") and name.endswith(".tmp"))
+    return name.startswith(SAVING) or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def check_output(folder: str | Path) -> Path:

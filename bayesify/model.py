@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesify.added import Added
-from bayesify.batch import Rows, add_to_loss, values_per_example
+from bayesify.batch import Rows, add_to_loss
 from bayesify.config import NetworkConfig, Rank1Config
 from bayesify.distributions import Factor, kl_divergence
 from bayesify.errors import BayesifyError, DataError
@@ -148,7 +148,7 @@ class BayesianModel(nn.Module):
 
     @outside
     def _with_kl(self, output: Any, args: Any, kwargs: Any) -> Any:
-        values = values_per_example(kwargs, Rows(self.model).batch_size(args, kwargs))
+        values = Rows(self.model).values_per_example(args, kwargs)
         return add_to_loss(output, self.kl_weight * self.kl() / values)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

@@ -86,14 +86,13 @@ class ELBO:
             step: t of the annealing; `None` takes κ = 1.
             values: with targets=None, V: how many values the output's loss is the mean of, for each example.
         """
-        nll, count = self._nll(output, targets)
+        nll, per_example = self._nll(output, targets, values)
         kl = self.model.kl().to(nll.device)
         weight = self.kl_temperature if step is None else self.weight(step)
-        share = 1 / values if targets is None else len(targets) / count
-        return ELBOTerms(nll + weight * kl * share / self.num_examples, nll, kl, weight)
+        return ELBOTerms(nll + weight * kl / (self.num_examples * per_example), nll, kl, weight)
 
-    def _nll(self, output: Any, targets: Tensor | None) -> tuple[Tensor, Tensor | float]:
-        """The mean NLL, and the number of target values it is the mean of, if there are targets."""
+    def _nll(self, output: Any, targets: Tensor | None, values: float) -> tuple[Tensor, Tensor | float]:
+        """The mean NLL of target values, and V."""
         if targets is None:
             loss = getattr(output, "loss", None)
             if loss is None:
@@ -105,7 +104,7 @@ class ELBO:
                     "likelihood='mixture' needs the members' outputs, but the network gave its own loss, which is "
                     "their average; use likelihood='average'."
                 )
-            return loss, 1.0
+            return loss, values
         outputs = Rows(self.model.model).outputs(output)
         members = self.model.members
         partitioned = self.model.expansion == "partition"
@@ -118,7 +117,7 @@ class ELBO:
             raise ConfigError("likelihood='mixture' needs every member to see every example; use expand='replicate'.")
         task: TaskName = resolve_task(outputs, self.model.task)
         nll = task_nll(outputs, targets, task, members=1 if partitioned else members, likelihood=self.likelihood)
-        return nll, TASKS[task].count(targets).to(nll.device)
+        return nll, TASKS[task].count(targets).to(nll.device) / len(targets)
 
 
 def task_nll(

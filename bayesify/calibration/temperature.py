@@ -44,8 +44,8 @@ def best_temperature(predictive: Predictive, labels: Any) -> float:
     def nll(log_t: float) -> float:
         return float(Predictive(predictive.outputs / math.exp(log_t), predictive.task).nll(labels))
 
-    if not math.isfinite(nll(0.0)):
-        raise DataError(f"the NLL of the labels is {nll(0.0)}: outputs or inputs are not finite.")
+    if not math.isfinite(plain := nll(0.0)):
+        raise DataError(f"the NLL of the labels is {plain}: outputs or inputs are not finite.")
     low, high = (math.log(end) for end in RANGE)
     left, right = high - _SHRINK * (high - low), low + _SHRINK * (high - low)
     at_left, at_right = nll(left), nll(right)

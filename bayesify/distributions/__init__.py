@@ -35,7 +35,7 @@ def make_factor(config: Rank1Config, size: int, device: torch.device, signs: boo
     """
     init = _start(config, (config.members, size), device)
     if signs and config.signed_start and device.type != "meta":
-        init *= torch.bernoulli(torch.full(init.shape, 0.5)).mul(2).sub(1).to(device)
+        init *= _signs((config.members, size), 0.5).to(device)
     prior = PRIORS[config.prior].make(config.prior_location, config.prior_scale, init)
     return POSTERIORS[config.posterior](init, config.spread, prior, config.spread_jitter)
 
@@ -47,7 +47,12 @@ def _start(config: Rank1Config, shape: tuple[int, int], device: torch.device) ->
     if config.init == "ones" or device.type == "meta":
         return torch.full(shape, config.neutral, device=device)
     if config.init == "random-sign":
-        return torch.bernoulli(torch.full(shape, config.sign_probability)).mul(2).sub(1).to(device)
+        return _signs(shape, config.sign_probability).to(device)
     if config.posterior in POSITIVE:
         return torch.normal(0.0, config.start_scale(), shape).exp().to(device)
     return torch.normal(config.neutral, config.start_scale(), shape).to(device)
+
+
+def _signs(shape: tuple[int, int], probability: float) -> Tensor:
+    """+1 with that probability, and −1 otherwise."""
+    return torch.bernoulli(torch.full(shape, probability)).mul(2).sub(1)

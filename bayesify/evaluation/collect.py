@@ -55,7 +55,6 @@ def collect(
         ConfigError: `samples` or `member_chunk` for a fused model.
     """
     where = torch.device(device) if device is not None else _device(model)
-    options: dict[str, Any] = {"samples": samples, "member_chunk": member_chunk}
     fused = isinstance(model, FusedModel)
     if fused and (samples is not None or member_chunk is not None):
         raise ConfigError("a fused model has its draws folded in: choose them by fuse(samples=...), not here.")
@@ -68,8 +67,8 @@ def collect(
                 target = None
             args, kwargs = _to(args, where), _to(kwargs, where)
             if hasattr(model, "predict") and hasattr(model, "members"):
-                drawn = {} if fused else {**options, "seed": seed + index}
-                prediction = model.predict(*args, **kwargs, **drawn)
+                drawn = {"samples": samples, "member_chunk": member_chunk, "seed": seed + index}
+                prediction = model.predict(*args, **kwargs, **({} if fused else drawn))
             else:
                 real = target is not None and target.is_floating_point()
                 read_as = task or _special_task(model) or ("regression" if real else "classification")

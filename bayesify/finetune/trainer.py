@@ -17,7 +17,7 @@ from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from bayesify.batch import Rows, is_target, split_batch, values_per_example
+from bayesify.batch import Rows, is_target, split_batch
 from bayesify.data.seeding import seeded
 from bayesify.errors import ConfigError, DataError, FormatError, TrainingError
 from bayesify.finetune.batches import RankBatches, endless
@@ -209,21 +209,19 @@ class FineTuner:
         config, accelerator = self.config, self.accelerator
         totals: dict[str, float] = {"loss": 0.0, "nll": 0.0, "kl": 0.0, "kl_weight": 0.0}
         forwards = config.accumulation * config.train_samples
-        args, kwargs, labels = (), {}, None
+        args, kwargs, labels, own, values = (), {}, None, None, 1.0
         for number in range(forwards):
             if number % config.train_samples == 0:
                 args, kwargs, labels = split_batch(send_to_device(next(batches), accelerator.device))
-            own = _for_own_loss(kwargs, labels)
+                own = _for_own_loss(kwargs, labels)
+                if own is not None and isinstance(self.model, BayesianModel):
+                    values = Rows(self._network).values_per_example(args, own)
             if labels is None and own is None:
                 raise DataError("a training batch has no labels; expected (inputs, labels) or a mapping with 'labels'.")
             last = number == forwards - 1
             with nullcontext() if last else accelerator.no_sync(model):
                 output = model(*args, **(kwargs if own is None else own))
-                if own is None:
-                    terms: ELBOTerms = objective(output, labels, step)
-                else:
-                    batch = Rows(self._network).batch_size(args, own)
-                    terms = objective(output, None, step, values=values_per_example(own, batch))
+                terms: ELBOTerms = objective(output, labels if own is None else None, step, values=values)
                 means = accelerator.reduce(torch.stack([terms.loss.detach(), terms.nll.detach()]), "mean")
                 loss, nll = means.tolist()  # type: ignore[union-attr]
                 if not math.isfinite(loss):

@@ -20,8 +20,7 @@ class Plan:
     {path of a parameter, with "/" for ".": roles of its dimensions}}. `batch_dims` has the sites whose inputs carry
     the batch elsewhere than in their first dimension (`unsettled`: this is still to be seen on inputs); `wrapped` the
     modules that must behave otherwise for the sake of what is converted in them, with what they become: layers of
-    torch.nn whose fused kernel would go past it, and modules that hand single tokens to it; `new` the sites that were
-    not pretrained.
+    torch.nn whose fused kernel would go past it, and modules that hand single tokens to it.
     """
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
@@ -29,7 +28,6 @@ class Plan:
     norms: dict[str, _BatchNorm] = field(default_factory=dict)
     wrapped: dict[str, tuple[nn.Module, type[Derived]]] = field(default_factory=dict)
     batch_dims: dict[str, int] = field(default_factory=dict)
-    new: frozenset[str] = frozenset()
     unsettled: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
     routes: dict[str, str] = field(default_factory=dict)

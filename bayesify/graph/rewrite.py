@@ -12,6 +12,7 @@ from bayesify.distributions import Factor, make_factor
 from bayesify.errors import ConversionError
 from bayesify.graph.plan import Plan, join, site_name, tied_names
 from bayesify.graph.report import ConversionReport
+from bayesify.graph.sites import matches
 from bayesify.layers import (
     AdditiveSite,
     MemberBatchNorm,
@@ -128,6 +129,6 @@ def _new_sites(name: str, plan: Plan, config: Rank1Config, device: torch.device)
     made = {}
     for weight, (s, r) in plan.sizes(name).items():
         own = site_name(name, weight)
-        inputs = factor("inputs", s, signs=own in plan.new)
+        inputs = factor("inputs", s, signs=any(matches(own, pattern) for pattern in config.new_layers))
         made[weight] = site(inputs, factor("outputs", r), own_bias(weight, r), plan.batch_dims.get(own, 0))
     return made

@@ -186,7 +186,6 @@ def _apply_patterns(plan: Plan, config: Rank1Config, candidates: list[str], chos
             reason = _left_out(site_name(name, weight), config, chosen)
             if reason is not None:
                 plan.drop(name, weight, reason)
-    plan.new = frozenset(name for name in candidates if any(matches(name, p) for p in config.new_layers))
     for name in list(plan.norms):
         if _left_out(name, config, chosen) is not None:
             del plan.norms[name]

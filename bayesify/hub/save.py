@@ -15,7 +15,7 @@ from torch import Tensor
 
 import bayesify
 from bayesify.errors import BayesifyError
-from bayesify.files import CONFIG_FILE, WEIGHTS_FILE, check_output
+from bayesify.files import CONFIG_FILE, SAVING, WEIGHTS_FILE, check_output
 from bayesify.graph import is_quantized
 from bayesify.hub.card import write_card
 from bayesify.hub.origin import Origin, build, origin_of
@@ -68,7 +68,7 @@ def save_pretrained(
     if fused is not None:
         config["fused"] = dict(fused)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".saving-{os.getpid()}"
+    temporary = folder / f"{SAVING}{os.getpid()}"
     temporary.mkdir()
     try:
         save_file(kept, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
