@@ -228,7 +228,6 @@ class _Rank1RNN(_Recurrent):
             steps_first = input.transpose(0, 1) if self.batch_first else input
             data, sizes, order = steps_first.flatten(0, 1), [steps_first.shape[1]] * steps_first.shape[0], None
         rows = sizes[0]
-        index = torch.cat([torch.arange(n, device=data.device) for n in sizes])
         initial = self._initial_state(hx, rows, order, data)
         directions = 2 if self.bidirectional else 1
         finals: list[tuple[Tensor, ...]] = []
@@ -238,7 +237,7 @@ class _Rank1RNN(_Recurrent):
             for direction in range(directions):
                 name = f"l{number}{'_reverse' if direction else ''}"
                 state = tuple(part[number * directions + direction] for part in initial)
-                output, state = self._scan(name, data, sizes, index, state, order, reverse=bool(direction))
+                output, state = self._scan(name, data, sizes, state, order, reverse=bool(direction))
                 outputs.append(output)
                 finals.append(state)
             data = torch.cat(outputs, -1)
@@ -259,7 +258,6 @@ class _Rank1RNN(_Recurrent):
         name: str,
         data: Tensor,
         sizes: list[int],
-        index: Tensor,
         state: tuple[Tensor, ...],
         order: Tensor | None,
         reverse: bool,
@@ -274,6 +272,7 @@ class _Rank1RNN(_Recurrent):
         if fused is not None:
             return fused
         step, project = _step(self), kernels.get("hr")
+        index = torch.cat([torch.arange(n, device=data.device) for n in sizes])
         gates = kernels["ih"](data, index).split(sizes)
         outputs: list[Tensor] = []
         for gate in reversed(gates) if reverse else gates:

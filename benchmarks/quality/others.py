@@ -128,6 +128,7 @@ def mean_field(task: Task, seed: int, delta: float = 0.05) -> Predict:
         "prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": -4.0,
         "type": "Reparameterization", "moped_enable": True, "moped_delta": delta,
     }  # fmt: skip
+    _pad_outside(network)
     dnn_to_bnn(network, prior)
     for module in network.modules():
         if hasattr(module, "dnn_to_bnn_flag"):
@@ -137,6 +138,29 @@ def mean_field(task: Task, seed: int, delta: float = 0.05) -> Predict:
     network.eval()
     model = Drawn(network)
     return lambda batches: outputs_of(model, batches, DRAWS)
+
+
+def _pad_outside(network: nn.Module) -> None:
+    """timm's convolutions that pad like TensorFlow become a padding and torch's own, which bayesian-torch knows."""
+    from timm.layers import Conv2dSame
+
+    for name, conv in list(network.named_modules()):
+        if isinstance(conv, Conv2dSame):
+            plain = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,  # type: ignore[arg-type]
+                              dilation=conv.dilation, groups=conv.groups, bias=conv.bias is not None)  # type: ignore[arg-type]  # fmt: skip
+            plain.load_state_dict(conv.state_dict())
+            network.set_submodule(name, nn.Sequential(_SamePad(conv), plain))
+
+
+class _SamePad(nn.Module):
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.window = conv.kernel_size, conv.stride, conv.dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        from timm.layers import pad_same
+
+        return pad_same(x, *self.window)  # type: ignore[arg-type]
 
 
 def _mean_field_lstm(network: nn.Module, task: Task, seed: int) -> Predict:
