@@ -55,12 +55,16 @@ class _Recurrent(Rank1Layer):
     def members(self) -> int:
         return max(site.members for site in self.sites.values())
 
+    def _memory_of_weights(self) -> dict[str, Tensor | None]:
+        """Where the weights of one draw after the other are folded to, in inference."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return {}
+        return dict(zip(self.sites, scratch([getattr(self, name) for name in self.sites]), strict=True))
+
     @contextmanager
-    def _weights_of(self, draw: int) -> Iterator[None]:
+    def _weights_of(self, draw: int, memory: dict[str, Tensor | None]) -> Iterator[None]:
         """Put the weights folded with one draw in place, so that the layer's own forward uses them."""
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            memory = scratch([getattr(self, name) for name in self.sites])
-            self.__dict__["_memory"] = dict(zip(self.sites, memory, strict=True))
+        self.__dict__["_memory"] = memory
         folded: dict[str, Tensor] = {}
         try:
             for name, site in self.sites.items():
@@ -186,7 +190,7 @@ class _Rank1RNN(_Recurrent):
         """Fold each draw and call the layer's own forward on the rows that share it."""
         draws = self.draws
         if draws == 1:
-            with self._weights_of(0):
+            with self._weights_of(0, self._memory_of_weights()):
                 return super(Rank1Layer, self).forward(input, hx)  # type: ignore[misc]
         lengths = None
         batch_dim = 0 if self.batch_first else 1
@@ -194,14 +198,14 @@ class _Rank1RNN(_Recurrent):
         if isinstance(input, PackedSequence):
             x, lengths = pad_packed_sequence(input, batch_first=bool(self.batch_first))
         rows = _rows_per_draw(x.shape[batch_dim], draws)
-        outputs, states = [], []
+        outputs, states, memory = [], [], self._memory_of_weights()
         for draw in range(draws):
             part: Any = x.narrow(batch_dim, draw * rows, rows)
             if lengths is not None:
                 here = lengths[draw * rows : (draw + 1) * rows]
                 part = pack_padded_sequence(part, here, bool(self.batch_first), enforce_sorted=False)
             state = _map_state(hx, lambda t, d=draw: t.narrow(1, d * rows, rows).contiguous())
-            with self._weights_of(draw):
+            with self._weights_of(draw, memory):
                 result = super(Rank1Layer, self).forward(part, state)  # type: ignore[misc]
             if not isinstance(result, tuple) or len(result) != 2:
                 raise BayesifyError(
@@ -352,10 +356,10 @@ class _Rank1Cell(_Recurrent):
     def _own(self, input: Tensor, hx: State = None) -> State:
         """For a subclass: its own forward, once a draw, with the draw folded into its weights."""
         rows = _rows_per_draw(input.shape[0], self.draws)
-        parts = []
+        parts, memory = [], self._memory_of_weights()
         for draw in range(self.draws):
             here = slice(draw * rows, (draw + 1) * rows)
-            with self._weights_of(draw):
+            with self._weights_of(draw, memory):
                 parts.append(super(Rank1Layer, self).forward(input[here], _map_state(hx, lambda t, h=here: t[h])))  # type: ignore[misc]
         if isinstance(parts[0], tuple):
             return tuple(torch.cat(part) for part in zip(*parts, strict=True))
