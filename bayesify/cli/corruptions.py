@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bayesify.cli.models import device_of, labeled, load_compared
+from bayesify.cli.models import check_draws, device_of, labeled, load_compared
 from bayesify.cli.options import (
     AnyModel,
     Baseline,
@@ -74,6 +74,7 @@ def corruptions(
     where = device_of(device)
     splits = data.load(dataset, split)
     loaded = load_compared(model, baseline, where, trust_remote_code)
+    check_draws(loaded.model, model, samples, member_chunk)
     try:
         report = evaluate_corruptions(
             loaded.model,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bayesify.cli.models import device_of, labeled, load_compared
+from bayesify.cli.models import check_draws, device_of, labeled, load_compared
 from bayesify.cli.options import (
     AnyModel,
     Baseline,
@@ -71,6 +71,7 @@ def evaluate(
     where = device_of(device)
     splits = data.load(dataset, split)
     loaded = load_compared(model, baseline, where, trust_remote_code)
+    check_draws(loaded.model, model, samples, member_chunk)
     prepared = labeled(splits, next(iter(splits.named)), loaded.preprocessing, loaded.classes)
     outside = None
     if ood is not None or ood_split is not None:

@@ -92,6 +92,17 @@ def load_with_inputs(model: str, trust_remote_code: bool) -> tuple[nn.Module, Pr
     return network, preprocessing, classes
 
 
+def check_draws(network: nn.Module, model: str, samples: int | None, member_chunk: int | None) -> None:
+    """Raise `ConfigError` if draws or members are chosen of a network that has none."""
+    from bayesify.model import BayesianModel
+
+    if isinstance(network, BayesianModel):
+        return
+    for option, value in (("--samples", samples), ("--member-chunk", member_chunk)):
+        if value is not None:
+            raise ConfigError(f"{option} is for Bayesian models; {model} is none. Make one with `bayesify convert`.")
+
+
 def told_of_heads(rank1: Rank1Config, base: Base) -> Rank1Config:
     """The same options, with the layers that the base model has without pretrained weights, unless some are named."""
     if rank1.new_layers or not rank1.signed_start:

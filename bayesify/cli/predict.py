@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayesify.cli.models import device_of, load_with_inputs
+from bayesify.cli.models import check_draws, device_of, load_with_inputs
 from bayesify.cli.options import AnyModel, AsJson, BatchSize, Device, DrawSeed, MemberChunk, Samples, TrustRemoteCode
 from bayesify.errors import DataError
 
@@ -67,6 +67,7 @@ def predict(
 
     where = device_of(device)
     network, preprocessing, classes = load_with_inputs(model, trust_remote_code)
+    check_draws(network, model, samples, member_chunk)
     if preprocessing.kind == "text":
         names = _texts(inputs, as_text)
     elif as_text:

@@ -48,7 +48,7 @@ def load_data(
 
     Raises:
         DataError: nothing can be read there, or a column or split does not exist or has no meaning.
-        ConfigError: both an image and a text column are given.
+        ConfigError: both an image and a text column are given, or a subset or revision of what is on disk.
     """
     if image_column is not None and (text_column is not None or text_pair_column is not None):
         raise ConfigError("give image_column or text_column, not both.")
@@ -98,10 +98,14 @@ def _read(dataset: str | Path, subset: str | None, revision: str | None) -> dict
     import datasets
 
     path = Path(dataset).expanduser()
+    local = path.exists() or re.search(r"[*?\[]", str(dataset))
+    for option, value in (("subset", subset), ("revision", revision)):
+        if local and value is not None:
+            raise ConfigError(f"{option}={value!r} is for data sets on the Hub; {dataset} is on disk and has none.")
     try:
         if path.is_dir() and is_saved_dataset(path):
             return _by_name(datasets.load_from_disk(str(path)))
-        if path.exists() or re.search(r"[*?\[]", str(dataset)):
+        if local:
             return _read_files(path)
         if _is_hub_id(str(dataset)):
             return _by_name(datasets.load_dataset(str(dataset), subset, revision=revision))

@@ -440,6 +440,10 @@ BAD = {
     "corruptions in a foreign folder": (
         ["corruptions", "{trained}", "{images}", "--output", "{foreign}"], "something else"
     ),
+    "draws of a plain network": (["evaluate", "{vit}", "{images}", "--samples", "2"], "--samples is for Bayesian models"),
+    "members of a plain network": (["corruptions", "{vit}", "{images}", "--member-chunk", "1"], "--member-chunk is for"),
+    "draws that predict": (["predict", "{vit}", "{images}/train/cat", "--samples", "2"], "bayesify convert"),
+    "part of a folder": (["evaluate", "{trained}", "{images}", "--subset", "mrpc"], "is for data sets on the Hub"),
     "bad device": (["evaluate", "{trained}", "{images}", "--device", "abacus"], "abacus"),
     "no such image": (["predict", "{trained}", "none.png"], "neither an image file"),
     "broken image": (["predict", "{trained}", "{foreign}/broken.png"], "cannot be read as an image"),

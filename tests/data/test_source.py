@@ -212,6 +212,9 @@ def test_errors_say_what_exists(tmp_path):
         load_data(tmp_path, text_column="text", label_column="text")
     with pytest.raises(ConfigError, match="not both"):
         load_data(tmp_path, text_column="text", image_column="id")
+    for option in ("subset", "revision"):
+        with pytest.raises(ConfigError, match=f"{option}='mrpc' is for data sets on the Hub"):
+            load_data(tmp_path, **{option: "mrpc"})
     with pytest.raises(DataError, match="no split 'test'; its splits: train"):
         load_data(tmp_path).get("test")
     with pytest.raises(DataError, match="no such file or folder"):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from tasks.images import cells, cifar10, flowers, resnet20
+from tasks.images import cells, cifar10, flowers, resnet20, resnet56
 from tasks.records import mortality
 from tasks.task import Batches, Task, batches_of
 from tasks.text import clinc, clinc_few
@@ -15,4 +15,5 @@ TASKS: dict[str, Callable[[], Task]] = {
     "clinc": clinc,
     "mortality": mortality,
     "resnet20": resnet20,
+    "resnet56": resnet56,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -230,26 +230,34 @@ class CifarResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def _resnet20(seed: int) -> nn.Module:
+def _cifar_resnet(layers: int, seed: int) -> nn.Module:
     from safetensors.torch import load_file
 
-    network = CifarResNet(3)
-    network.load_state_dict(load_file(DATA / "checkpoints" / "cifar10_resnet20.safetensors"))
+    network = CifarResNet((layers - 2) // 6)
+    network.load_state_dict(load_file(DATA / "checkpoints" / f"cifar10_resnet{layers}.safetensors"))
     return network.eval()
 
 
 def resnet20() -> Task:
+    return _cifar_task(20)
+
+
+def resnet56() -> Task:
+    return _cifar_task(56)
+
+
+def _cifar_task(layers: int) -> Task:
     """A trained classifier goes on with 4,000 images of the test set; 1,000 validate, the other 5,000 test."""
     images, labels = pictures("cifar10/test-*.parquet", 32)
     return _image_task(
-        "resnet20",
+        f"resnet{layers}",
         (images[:4000], labels[:4000]),
         (images[4000:5000], labels[4000:5000]),
         (images[5000:], labels[5000:]),
         100,
         {"CIFAR-100": pictures("cifar100/test-*.parquet", 32, 1000)},
         scaling=IMAGENET,
-        network=_resnet20,
+        network=partial(_cifar_resnet, layers),
         tuning=FineTuneConfig(freeze_batch_norm=True, steps=250, batch_size=32, eval_every=50),
         head="linear",
         dropout=("layer2", "layer3", "linear"),
