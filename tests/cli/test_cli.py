@@ -440,8 +440,8 @@ BAD = {
     "corruptions in a foreign folder": (
         ["corruptions", "{trained}", "{images}", "--output", "{foreign}"], "something else"
     ),
-    "draws of a plain network": (["evaluate", "{vit}", "{images}", "--samples", "2"], "--samples is for Bayesian models"),
-    "members of a plain network": (["corruptions", "{vit}", "{images}", "--member-chunk", "1"], "--member-chunk is for"),
+    "draws of a plain network": (["evaluate", "{vit}", "{images}", "--samples", "2"], "--samples is for"),
+    "members of a plain network": (["corruptions", "{vit}", "{images}", "--member-chunk", "1"], "--member-chunk is"),
     "draws that predict": (["predict", "{vit}", "{images}/train/cat", "--samples", "2"], "bayesify convert"),
     "part of a folder": (["evaluate", "{trained}", "{images}", "--subset", "mrpc"], "is for data sets on the Hub"),
     "bad device": (["evaluate", "{trained}", "{images}", "--device", "abacus"], "abacus"),
