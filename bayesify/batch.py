@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -25,7 +26,7 @@ _PACKED_INPUTS = {
 }  # fmt: skip
 """Images of vision–language models: those of all examples one after the other, however many each has."""
 _LOGITS = {"logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits"}
-"""Outputs that the task of a model is about; all others are averaged."""
+"""Outputs that the task of a model is about, beside the one that predictions are made of; all others are averaged."""
 _GRID = "grid_thw"
 """The input of a vision tower by itself that has a row for each image; of the images there are all patches."""
 _OF_SEVERAL_ROWS = ("logits", "hidden_state", "hidden_states", "embeds", "pooler_output", "features")
@@ -85,7 +86,10 @@ class Rows:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Repeat everything of B rows, and leave what has another number of them."""
         expanded = tuple(
-            map_tensors(value, lambda t, d=self._dim(i): _repeat(t, batch, members, d)) for i, value in enumerate(args)
+            _numbers_repeated(value, batch, members)
+            if _are_numbers(value)
+            else map_tensors(value, lambda t, d=self._dim(i): _repeat(t, batch, members, d))
+            for i, value in enumerate(args)
         )
         return expanded, {name: self._expanded(name, value, batch, members) for name, value in kwargs.items()}
 
@@ -94,6 +98,8 @@ class Rows:
             return value
         if isinstance(value, list) and name.endswith("labels") and len(value) == batch:
             return value * members  # the objects or the masks of each image
+        if _are_numbers(value):
+            return _numbers_repeated(value, batch, members)
         packed = name in _PACKED_INPUTS and name != self.main
         dim = self._dim(name)
         return map_tensors(value, lambda t: _repeat(t, t.shape[0] if packed else batch, members, dim))
@@ -108,7 +114,11 @@ class Rows:
         if self.recurrent:
             first = map_tensors(output[0], lambda t: _mean(t, members, self.input_dim))
             return first, map_tensors(output[1], lambda t: _mean(t, members, 1))
-        return _reduce(output, members, batch, task, temperature, named_logits=_has_logits(output))
+        try:
+            main = self.outputs(output)
+        except DataError:
+            main = None
+        return _reduce(output, members, batch, task, temperature, main)
 
     def joined(self, outputs: Sequence[Any], batch: int) -> Any:
         """Outputs of B rows, one of each member, as one of K·B rows, as if all had been computed side by side.
@@ -124,7 +134,7 @@ class Rows:
         return _joined(list(outputs), batch, None)
 
     def outputs(self, output: Any) -> Tensor:
-        """The tensor that predictions are made of: `logits` where there are any, otherwise the first tensor.
+        """The tensor that predictions are made of: `logits` where there are any, otherwise the first with rows.
 
         It carries the batch in `input_dim`; a packed sequence is padded. Question answering gives [B, 2, T]: where
         the answer starts and where it ends, each one of T tokens.
@@ -138,7 +148,7 @@ class Rows:
         if isinstance(output, Mapping) and "start_logits" in output and "end_logits" in output:
             return torch.stack([output["start_logits"], output["end_logits"]], 1)
         for leaf in _leaves(output):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim():
                 return leaf
         raise DataError(f"found no tensor of real values in the model's output ({type(output).__name__}).")
 
@@ -162,6 +172,11 @@ def add_to_loss(output: Any, value: Tensor) -> Any:
         )
     output["loss"] = output["loss"] + value  # type: ignore[index]
     return output
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss that a network computed itself, if it did."""
+    return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
 
 
 def map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
@@ -214,6 +229,20 @@ def _repeat(value: Any, batch: int, members: int, dim: int) -> Any:
     return value.repeat(*[members if d == dim else 1 for d in range(value.dim())])
 
 
+def _are_numbers(value: Any) -> bool:
+    """Whether an input is an array, or a list of numbers, such as the lengths of sequences."""
+    if isinstance(value, np.ndarray):
+        return True
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(v, (bool, int, float)) for v in value)
+
+
+def _numbers_repeated(value: Any, batch: int, members: int) -> Any:
+    """The same of K·B rows if it is of B."""
+    if isinstance(value, list):
+        return value * members if len(value) == batch else value
+    return np.concatenate([value] * members) if value.ndim and len(value) == batch else value
+
+
 def _mean(value: Any, members: int, dim: int) -> Any:
     if isinstance(value, PackedSequence):
         padded, lengths = pad_packed_sequence(value, batch_first=True)
@@ -255,7 +284,7 @@ def _joined(values: list[Any], batch: int, name: str | None) -> Any:
 
 
 def _reduce(
-    output: Any, members: int, batch: int, task: TaskName | None, temperature: float, named_logits: bool
+    output: Any, members: int, batch: int, task: TaskName | None, temperature: float, main: Tensor | None
 ) -> Any:
     def tensor(value: Any, name: str | None) -> Any:
         if isinstance(value, PackedSequence):
@@ -267,7 +296,7 @@ def _reduce(
             return value
         if not value.is_floating_point():
             return value.narrow(dim, 0, value.shape[dim] // members)
-        if name not in _LOGITS and (name is not None or named_logits):
+        if (name not in _LOGITS and value is not main) or dim:
             return _mean(value, members, dim)
         rows = value.unflatten(0, (members, -1))
         if temperature != 1.0:
@@ -309,7 +338,7 @@ def _rows_dim(shape: torch.Size, rows: int, name: str | None) -> int | None:
     several = _has_several_rows(name)
     if several and shape[0] and shape[0] % rows == 0:
         return 0
-    if name is None or name in _LOGITS or name in _CACHES or len(shape) < 3:
+    if name in _LOGITS or name in _CACHES or len(shape) < 3:
         return None
     second = shape[1] == rows or (several and shape[0] == 1 and shape[1] % rows == 0)
     return 1 if second else None  # [T, rows, d] or [layers, rows, ...]; or all tokens in one row

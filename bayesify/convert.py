@@ -12,7 +12,7 @@ from bayesify.errors import ConfigError, ConversionError
 from bayesify.graph import ConversionReport, Plan, as_inputs, audit, find_sites, report_on, swap
 from bayesify.layers import Rank1Layer
 from bayesify.model import BayesianModel
-from bayesify.tasks import TASKS, TaskName, task_of
+from bayesify.tasks import TASKS, TaskName
 
 
 def bayesify(
@@ -69,7 +69,7 @@ def rebuild(
 def _swapped(model: nn.Module, plan: Plan, config: Rank1Config, task: TaskName | None) -> BayesianModel:
     report = report_on(model, plan, config)
     swap(plan, config)
-    bnn = BayesianModel(model, config, report, task or task_of(model))
+    bnn = BayesianModel(model, config, report, task)
     bnn.training = model.training  # not train(): parts of a model may be in modes of their own
     return bnn
 

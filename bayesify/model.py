@@ -18,10 +18,10 @@ from bayesify.errors import BayesifyError, DataError
 from bayesify.graph import ConversionReport, restore, site_name
 from bayesify.layers import Rank1Layer
 from bayesify.merge import merged
-from bayesify.modes import evaluating
+from bayesify.modes import Lock, evaluating
 from bayesify.passes import Passes, around, outside
 from bayesify.predictive import Predictive
-from bayesify.tasks import TaskName, resolve_task
+from bayesify.tasks import TaskName, resolve_task, task_of
 
 if TYPE_CHECKING:
     from bayesify.calibration import Conformal, SpreadFit
@@ -80,7 +80,8 @@ class BayesianModel(nn.Module):
         self.config = NetworkConfig.over(config, own) if hasattr(own, "model_type") else config
         self.report = report
         self.passes = Passes(model, self.config, report)
-        self.task: TaskName | None = task
+        self.given_task: TaskName | None = task
+        self.alone = Lock()
         self.expansion: Expansion = "replicate"
         self.kl_weight = 0.0
         self.temperature = 1.0
@@ -90,6 +91,16 @@ class BayesianModel(nn.Module):
         self.preprocessing = None
 
     # -------------------------------------------------------------------------------------------- structure
+
+    @property
+    def task(self) -> TaskName | None:
+        """What the outputs mean: as given, or as the network's config says now."""
+        given: TaskName | None = self.given_task
+        return task_of(self.model) if given is None else given
+
+    @task.setter
+    def task(self, task: TaskName | None) -> None:
+        self.given_task = task
 
     @property
     def members(self) -> int:
@@ -181,9 +192,28 @@ class BayesianModel(nn.Module):
         if samples is not None and seed is None:
             seed = int(torch.randint(2**62, ()))
         call = partial(self.passes.outputs, args, kwargs, samples, seed, member_chunk)
-        with evaluating(self), torch.no_grad():
+        with self.alone, evaluating(self), torch.no_grad():
             outputs = self.settled(call, args, kwargs)
         return Predictive.of(outputs, resolve_task(outputs[0, 0], self.task), self.temperature, self.conformal)
+
+    @property
+    def generation_config(self) -> Any:
+        """The network's own: what `generate` does where nothing else is asked for."""
+        return self.model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self.model.generation_config = config
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported: transformers' continuous batching would bypass the members."""
+        raise BayesifyError(
+            "generate_batch (continuous batching) is not supported with several networks; use generate."
+        )
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported: the factors of the head would be lost."""
+        raise BayesifyError("token embeddings are resized before the conversion: call unload(), resize, convert anew.")
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **options: Any) -> Generation:
         """Text from the predictive, with the doubt of every token; see `bayesify.generation.generate`."""
@@ -198,7 +228,8 @@ class BayesianModel(nn.Module):
         That is at the first call after a conversion without inputs, and whenever a layer finds rows that do not fit
         its factors. Layers whose input turns out not to carry the batch lose their factors.
         """
-        return self.passes.settled(call, args, kwargs or {})
+        with self.alone:
+            return self.passes.settled(call, args, kwargs or {})
 
     # -------------------------------------------------------------------------------------------- objective
 

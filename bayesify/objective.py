@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from bayesify.batch import Rows
+from bayesify.batch import Rows, loss_of
 from bayesify.errors import ConfigError, DataError
 from bayesify.model import BayesianModel
-from bayesify.tasks import TASKS, TaskName, log_mean_exp, resolve_task
+from bayesify.tasks import TASKS, TaskName, check_guess, log_mean_exp, resolve_task
 
 Likelihood = Literal["average", "mixture"]
 
@@ -94,7 +94,7 @@ class ELBO:
     def _nll(self, output: Any, targets: Tensor | None, values: float) -> tuple[Tensor, Tensor | float]:
         """The mean NLL of target values, and V."""
         if targets is None:
-            loss = getattr(output, "loss", None)
+            loss = loss_of(output)
             if loss is None:
                 raise DataError("the batch has no targets and the model's output has no loss; give one of them.")
             if self.model.kl_weight:
@@ -116,6 +116,7 @@ class ELBO:
         if self.likelihood == "mixture" and members > 1 and partitioned:
             raise ConfigError("likelihood='mixture' needs every member to see every example; use expand='replicate'.")
         task: TaskName = resolve_task(outputs, self.model.task)
+        check_guess(self.model.task, task, targets)
         nll = task_nll(outputs, targets, task, members=1 if partitioned else members, likelihood=self.likelihood)
         return nll, TASKS[task].count(targets).to(nll.device) / len(targets)
 

@@ -5,12 +5,14 @@ A compiler sees the network and nothing of this: what prepares a pass, and what 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from bayesify.batch import Rows, are_plain
 from bayesify.config import Rank1Config
@@ -20,7 +22,7 @@ from bayesify.graph import ConversionReport, Cut, Parting, observe, site_name, t
 from bayesify.layers import Rank1Functional, Rank1Layer
 from bayesify.modes import evaluating
 from bayesify.strategy import Strategies, Strategy
-from bayesify.tasks import TaskName
+from bayesify.tasks import TaskName, task_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -160,6 +162,11 @@ class Passes:
     def _members_of(self, run: _Run, members: slice, output: Any) -> Tensor:
         """[k, B, ...]"""
         main = run.rows.outputs(output).movedim(run.rows.input_dim, 0)
+        if len(main) % (members.stop - members.start):
+            raise DataError(
+                f"the network gave {len(main)} rows for {run.batch} examples and {members.stop - members.start} "
+                "members. The batch must be the first dimension of its inputs and outputs."
+            )
         return main.unflatten(0, (members.stop - members.start, -1))
 
     # -------------------------------------------------------------------------------------------- looking
@@ -210,8 +217,21 @@ class Passes:
         That is at the first call after a conversion without inputs, and whenever a layer finds rows that do not fit
         its factors. Layers whose input turns out not to carry the batch lose their factors.
         """
-        if self._report.unsettled:
-            self._settle(args, kwargs)
+        try:
+            if self._report.unsettled:
+                self._settle(args, kwargs)
+                self._check_separate(args, kwargs)
+            return self._retried(call, args, kwargs)
+        except RuntimeError as error:
+            if "enforce_sorted" not in str(error):
+                raise
+            raise DataError(
+                "sequences sorted by length are not sorted any more with several members, one after the other: have "
+                "the network call pack_padded_sequence(..., enforce_sorted=False)."
+            ) from error
+
+    @around
+    def _retried(self, call: Callable[[], T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
         try:
             return call()
         except RowsError:
@@ -250,6 +270,77 @@ class Passes:
                     known[path] = site.batch_dim = found.dims[path]  # type: ignore[assignment]
                     news = True
         return news
+
+    @outside
+    def _check_separate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See that two members side by side give what they give alone, where nobody has tried it: in a network that is
+        neither timm's nor transformers', converted without inputs.
+
+        Raises:
+            RowsError: they do not. The layer is named at which they first differ.
+        """
+        if self._members == 1 or task_of(self._model) is not None or not are_plain((args, kwargs)):
+            return
+        rows = Rows(self._model)
+        batch = rows.batch_size(args, kwargs)
+
+        def outputs(first: int) -> Tensor:
+            part = slice(first, 2)
+            return rows.outputs(self._pass(_Run(rows, args, kwargs, batch, None, [part]), part, None))
+
+        before = torch.get_rng_state()
+        with evaluating(self._model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            both, alone = outputs(0), outputs(1)
+            separate = both.shape == alone.shape or _holds_second(both, alone)
+            if not torch.equal(before, torch.get_rng_state()):
+                torch.set_rng_state(before)  # random in evaluation, too: not to be compared
+                return
+            if separate:
+                return
+            self._report.unsettled = True
+            with self._noted_outputs() as of_both:
+                outputs(0)
+            with self._noted_outputs() as of_one:
+                outputs(1)
+        pairs = zip(of_both, of_one, strict=False)
+        name = next((name for (name, pair), (_, one) in pairs if not _holds_second(pair, one)), None)
+        where = "" if name is None else f" in {name!r}"
+        raise RowsError(
+            f"members are mixed{where}: computed together, they give other outputs than one by one. The rows of its "
+            "input do not lie member by member: it is the same for all examples, or the data of a packed sequence, or "
+            "has its time before its batch in one dimension. Put the batch first, or leave the layer out by exclude=."
+        )
+
+    @contextmanager
+    def _noted_outputs(self) -> Iterator[list[tuple[str, Tensor]]]:
+        """What each layer with factors gives, call by call."""
+        noted: list[tuple[str, Tensor]] = []
+
+        def watch(name: str) -> Any:
+            def hook(_: nn.Module, args: Any, output: Any) -> None:
+                while isinstance(output, tuple) and not isinstance(output, PackedSequence):
+                    output = output[0]
+                if isinstance(output, PackedSequence):
+                    output = pad_packed_sequence(output, batch_first=True)[0]
+                if isinstance(output, Tensor):
+                    noted.append((name, output))
+
+            return hook
+
+        with ExitStack() as undo:
+            for name, layer in self._model.named_modules():
+                if isinstance(layer, Rank1Layer):
+                    undo.callback(layer.register_forward_hook(watch(name)).remove)
+            yield noted
+
+
+def _holds_second(both: Tensor, alone: Tensor) -> bool:
+    """Whether the second half of some dimension is what a member gives by itself; so are outputs of other shapes."""
+    dims = [d for d in range(both.dim()) if both.dim() == alone.dim() and both.shape[d] == 2 * alone.shape[d]]
+    halves = [half for d in dims if (half := both.chunk(2, d)[1]).shape == alone.shape]
+    if both.shape == alone.shape:
+        halves = [both]
+    return not halves or any(torch.allclose(half, alone, *_close(alone), equal_nan=True) for half in halves)
 
 
 def _close(values: Tensor) -> tuple[float, float]:

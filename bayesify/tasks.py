@@ -6,7 +6,7 @@ Shapes: M members (or members times samples), B examples, C classes, L labels, D
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class Segmentation(Classification):
 
 
 class MultiLabel(Task):
-    """A logit for each label, [B, L], of being there; targets [B, L] of zeros and ones."""
+    """A logit for each label, [B, L], of being there; targets [B, L] of zeros and ones, or [B] for L = 1."""
 
     def mixture(self, outputs: Tensor) -> Tensor:
         """The logit of the mean probability: log p − log (1 − p)."""
@@ -105,7 +105,7 @@ class MultiLabel(Task):
         return outputs
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        targets = targets.to(outputs.device)
+        targets = targets.to(outputs.device).view(outputs.shape[1:])
         there = F.logsigmoid(torch.where(targets == 1, outputs.float(), -outputs.float()))
         return there.masked_fill(targets == IGNORED, 0.0)
 
@@ -187,8 +187,40 @@ def resolve_task(output: Tensor, task: TaskName | None) -> TaskName:
     return "classification" if output.dim() == 2 and output.shape[-1] > 1 else "regression"
 
 
+def check_guess(task: TaskName | None, guessed: TaskName, targets: Tensor) -> None:
+    """Raise `DataError` if classes would be taken for values because nobody gave the task."""
+    if task is None and guessed == "regression" and not targets.is_floating_point():
+        raise DataError(
+            f"the labels are of {targets.dtype}, but outputs of such a shape are read as values. Give the task: "
+            "'multilabel' for logits of labels that are 0 or 1, 'classification' for classes last, as of tokens; or "
+            "'regression', or labels of real numbers, if they are values."
+        )
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether a transformers model's outputs at a token are of the next one, and its loss shifts labels itself."""
+    model = _without_adapters(model)
+    config = getattr(model, "config", None)
+    if not isinstance(getattr(model, "main_input_name", None), str) or getattr(config, "is_encoder_decoder", True):
+        return False
+    names = [cls.__name__ for cls in type(model).__mro__]
+    return any(name.endswith(_DECODERS) and not name.startswith(_OF_THE_SAME_TOKEN) for name in names)
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """[B, T] labels of each token -> those of the token after it; the last has none."""
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """The network inside of a model of peft."""
+    inner: Any = getattr(model, "get_base_model", None)
+    return inner() if inner is not None and type(model).__module__.startswith("peft.") else model
+
+
 def task_of(model: nn.Module) -> TaskName | None:
     """What transformers and timm say their model does; `None` for any other model."""
+    model = _without_adapters(model)
     config = getattr(model, "config", None)
     if isinstance(getattr(model, "main_input_name", None), str) and config is not None:
         for cls in type(model).__mro__:
@@ -204,6 +236,8 @@ _CLASSIFIERS = (
     "Classification", "LMHeadModel", "CausalLM", "MaskedLM", "ConditionalGeneration", "MultipleChoice", "CTC",
     "SentencePrediction", "QuestionAnswering", "ForPreTraining", "ImageTextToText", "SpeechSeq2Seq",
 )  # fmt: skip
+_DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_OF_THE_SAME_TOKEN = ("XLNet", "XLM", "Flaubert")
 _SETS = ("ObjectDetection", "InstanceSegmentation", "UniversalSegmentation")
 
 
@@ -235,6 +269,11 @@ def check_labels(targets: Tensor, num_classes: int) -> None:
     if targets.numel() == 0:
         return
     low, high = int(targets.min()), int(targets.max())
+    if num_classes == 1:
+        raise DataError(
+            "the model has one output, which is no choice of a class. Give task='multilabel' if it is the logit of a "
+            "label that is 0 or 1, or task='regression' if it is a value."
+        )
     if low < 0 or high >= num_classes:
         raise DataError(
             f"label {low if low < 0 else high} is out of range: the model has {num_classes} classes "

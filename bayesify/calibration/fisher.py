@@ -86,13 +86,23 @@ def example_gradients(
                 continue
             for member in members:
                 call = partial(bnn.model, *args, **kwargs)
-                yield member, _gradients(bnn, call, factors, member, examples, generator)
+                mask = kwargs.get("attention_mask")
+                yield member, _gradients(bnn, call, factors, member, examples, generator, mask)
 
 
 def _gradients(
-    bnn: BayesianModel, call: Callable[[], Any], factors: list[Any], member: int, examples: int, generator: Any
+    bnn: BayesianModel,
+    call: Callable[[], Any],
+    factors: list[Any],
+    member: int,
+    examples: int,
+    generator: Any,
+    mask: Any = None,
 ) -> list[Tensor]:
-    """[B, d] for each factor: the gradient of each example's log-likelihood of a label drawn for it."""
+    """[B, d] for each factor: the gradient of each example's log-likelihood of a label drawn for it.
+
+    Of tokens, those count that the mask [B, T] does not call padding.
+    """
     with bnn.passes.draws.drawn(slice(member, member + 1), examples, None):
         leaves = [factor.mean[member].detach().repeat(examples, 1).requires_grad_() for factor in factors]
         for factor, leaf in zip(factors, leaves, strict=True):
@@ -102,5 +112,10 @@ def _gradients(
         if task != "classification":
             raise DataError(f"the Fisher information is computed for classes; these are outputs of a {task}.")
         log_probs = logits.float().log_softmax(-1).flatten(0, -2)
+        if log_probs.isnan().any():
+            raise DataError("the network's outputs hold NaN; look at the inputs and the precision (try float32).")
         labels = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
-        return list(torch.autograd.grad(log_probs.gather(1, labels).sum(), leaves))
+        chosen = log_probs.gather(1, labels).squeeze(1)
+        if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
+            chosen = chosen * (mask != 0).flatten()
+        return list(torch.autograd.grad(chosen.sum(), leaves))

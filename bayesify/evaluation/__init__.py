@@ -24,6 +24,7 @@ from bayesify.evaluation.metrics import (
 )
 from bayesify.evaluation.report import Evaluation
 from bayesify.evaluation.scores import Scores, score
+from bayesify.tasks import TaskName
 
 __all__ = [
     "ALEXNET_ERRORS",
@@ -61,6 +62,7 @@ def evaluate(
     output: str | Path | None = None,
     progress: bool = True,
     device: torch.device | str | None = None,
+    task: TaskName | None = None,
 ) -> Evaluation:
     """Measure a model on labeled data, if wanted beside a baseline and against out-of-distribution data.
 
@@ -77,6 +79,8 @@ def evaluate(
         output: folder for report.json, report.md and pictures.
         progress: show bars with the time left on stderr.
         device: where the inputs go; the default is where each model is.
+        task: what the outputs of a plain network mean, if its config and its labels do not tell; a Bayesian model's
+            own counts.
 
     Raises:
         DataError: the data are empty or unlabeled, do not fit the model, or cannot be read again.
@@ -93,7 +97,6 @@ def evaluate(
 
     metrics, ood, classes, predictions = {}, {}, [], {}
     outside = None
-    task = None
     options: dict[str, Any] = {"samples": samples, "member_chunk": member_chunk, "seed": seed}
     options |= {"progress": progress, "device": device}
     for title, network in models.items():

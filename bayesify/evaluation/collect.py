@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from bayesify.batch import split_batch
 from bayesify.errors import ConfigError, DataError
 from bayesify.fused import FusedModel
+from bayesify.model import BayesianModel
 from bayesify.modes import evaluating
 from bayesify.predictive import Predictive
 from bayesify.progress import progress_bar
-from bayesify.tasks import IGNORED, TaskName, task_of
+from bayesify.tasks import IGNORED, TaskName, next_tokens, predicts_next_token, task_of
 
 BASELINE = "deterministic"
 """What reports call the baseline."""
@@ -40,7 +42,8 @@ def collect(
         model: a Bayesian model, fused or not (it has `predict` and `members`), or any network that returns logits
             [B, C], alone or as `.logits`, which counts as K = S = 1. Run in eval mode, every mode restored after.
         batches: mappings of keyword inputs, labels under "labels"; or tuples (inputs ..., labels); or inputs
-            alone, as a tensor, (inputs,) or (inputs ..., None). Labels are not shown to the model.
+            alone, as a tensor, (inputs,) or (inputs ..., None). Labels are not shown to the model. Those of a mapping
+            for a causal language model are of each token itself, as transformers has them, and shifted here.
         samples: draws per member; None is the posterior mean.
         member_chunk: members computed at a time; None is as many as are expected to cost least.
         seed: batch i is predicted with seed + i, so the same batches give the same numbers.
@@ -58,6 +61,9 @@ def collect(
     fused = isinstance(model, FusedModel)
     if fused and (samples is not None or member_chunk is not None):
         raise ConfigError("a fused model has its draws folded in: choose them by fuse(samples=...), not here.")
+    if isinstance(batches, Dataset):
+        raise DataError(f"expected batches, such as a DataLoader; found {type(batches).__name__}, a data set.")
+    shifts = _predicts_next_token(model)
     predictions: list[Predictive] = []
     labels: list[Tensor | None] = []
     with evaluating(model), torch.no_grad():
@@ -65,6 +71,8 @@ def collect(
             args, kwargs, target = split_batch(batch)
             if not labeled:
                 target = None
+            if shifts and isinstance(batch, Mapping) and target is not None and target.dim() == 2:
+                target = next_tokens(target)
             args, kwargs = _to(args, where), _to(kwargs, where)
             if hasattr(model, "predict") and hasattr(model, "members"):
                 drawn = {"samples": samples, "member_chunk": member_chunk, "seed": seed + index}
@@ -106,6 +114,14 @@ def with_baseline(model: Any, name: str, baseline: Any) -> dict[str, Any]:
     if name == BASELINE:
         raise ConfigError(f"name={name!r} is what the baseline is called; choose another name for the model.")
     return {name: model, BASELINE: baseline}
+
+
+def _predicts_next_token(model: Any) -> bool:
+    if isinstance(model, FusedModel):
+        model = model.networks[0]
+    elif isinstance(model, BayesianModel):
+        model = model.model
+    return isinstance(model, nn.Module) and predicts_next_token(model)
 
 
 def _plain(output: Any, task: TaskName) -> Predictive:

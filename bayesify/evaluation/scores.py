@@ -63,7 +63,7 @@ def score(predictive: Predictive, targets: Tensor) -> Scores:
     if outputs.shape[-1] < 2:
         raise DataError(
             "classification metrics need at least two classes; found one output per example. "
-            "Give a binary model two logits [0, z], or read it as task='regression'."
+            "Read the logit of a label that is 0 or 1 as task='multilabel', a value as task='regression'."
         )
     targets = targets.to(outputs.device, torch.int64)
     parts = [_columns(Predictive(o), t) for o, t in zip(_chunks(outputs), targets.split(_rows(outputs)), strict=True)]
@@ -87,7 +87,8 @@ def answers(predictive: Predictive, targets: Tensor) -> tuple[Predictive, Tensor
     answers. Targets of −100 are left out.
     """
     if predictive.task == "multilabel":
-        predictive, targets = predictive.fitted(targets).binary, targets.long()
+        predictive = predictive.fitted(targets)
+        predictive, targets = predictive.binary, targets.long().view(predictive.outputs.shape[2:])
     if predictive.task != "classification":
         raise DataError(f"classification metrics need a classification predictive; found {predictive.task}.")
     outputs, targets = predictive.fitted(targets).outputs.flatten(2, -2), targets.flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable
@@ -15,9 +16,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from bayesify.batch import Rows, is_target, split_batch
+from bayesify.batch import Rows, is_target, loss_of, map_tensors, split_batch
 from bayesify.data.seeding import seeded
 from bayesify.errors import ConfigError, DataError, FormatError, TrainingError
 from bayesify.finetune.batches import RankBatches, endless
@@ -62,6 +64,8 @@ class FineTuner:
         config: the options.
         output: folder for `log.jsonl` and the checkpoint; `None` keeps everything in memory.
         collate_fn: makes a batch of examples; by default torch's, or the data set's own `collate_fn`.
+        task: what the outputs of a plain network mean; by default what its config says, or classes. A Bayesian model
+            has a task of its own.
         progress: whether to show a progress bar.
 
     Runs on one CPU or GPU as it is, and on several under ``accelerate launch``: the global batch is split among the
@@ -77,17 +81,23 @@ class FineTuner:
         *,
         output: str | Path | None = None,
         collate_fn: Collate | None = None,
+        task: TaskName | None = None,
         progress: bool = True,
     ) -> None:
         if config is not None and not isinstance(config, FineTuneConfig):
             raise ConfigError(f"config must be a FineTuneConfig; found {type(config).__name__}.")
         for data in (train, validation):
-            if isinstance(data, DataLoader) or (data is not None and not hasattr(data, "__getitem__")):
+            if data is not None and not _is_map_style(data):
                 raise DataError(
                     f"expected a map-style data set, with len() and [index]; found {type(data).__name__}. Batches are "
                     "made here: give the data set itself."
                 )
+        if task is not None and isinstance(model, BayesianModel):
+            raise ConfigError("task= is for plain networks; that of a Bayesian model is given where it is converted.")
+        if task is not None and task not in TASKS:
+            raise ConfigError(f"task={task!r} is unknown; expected one of {', '.join(map(repr, TASKS))}.")
         self.model = model
+        self.task: TaskName | None = task
         self.config = config or FineTuneConfig()
         self.train = train
         self.validation = validation
@@ -201,8 +211,8 @@ class FineTuner:
             pair = [list(range(min(2, self.batches.length)))]
             with seeded("settle"):
                 batch = next(iter(DataLoader(self.train, batch_sampler=pair, collate_fn=self.collate_fn)))
-            args, kwargs, _ = split_batch(send_to_device(batch, self.accelerator.device))
-            self.model.settled(lambda: None, args, kwargs)
+            args, kwargs, labels = split_batch(send_to_device(batch, self.accelerator.device))
+            self.model.settled(lambda: None, args, _for_own_loss(self._network, kwargs, labels) or kwargs)
 
     def _step(self, model: nn.Module, optimizer: Any, objective: Any, batches: Any, step: int) -> dict[str, float]:
         """One optimizer step: `accumulation` batches, `train_samples` draws of each; the means of its numbers."""
@@ -213,7 +223,7 @@ class FineTuner:
         for number in range(forwards):
             if number % config.train_samples == 0:
                 args, kwargs, labels = split_batch(send_to_device(next(batches), accelerator.device))
-                own = _for_own_loss(kwargs, labels)
+                own = _for_own_loss(self._network, kwargs, labels)
                 if own is not None and isinstance(self.model, BayesianModel):
                     values = Rows(self._network).values_per_example(args, own)
             if labels is None and own is None:
@@ -225,6 +235,7 @@ class FineTuner:
                 means = accelerator.reduce(torch.stack([terms.loss.detach(), terms.nll.detach()]), "mean")
                 loss, nll = means.tolist()  # type: ignore[union-attr]
                 if not math.isfinite(loss):
+                    _check_numbers((args, kwargs, labels), f"the training batch of step {step + 1}")
                     raise self._diverged(optimizer, step, f"loss is {loss}", f"nll {nll:.4g}, kl {terms.kl.item():.4g}")
                 shared = _zero(model) if last and accelerator.num_processes > 1 else 0.0
                 accelerator.backward(terms.loss / forwards + shared)
@@ -278,11 +289,12 @@ class FineTuner:
 
     def _scores(self, args: Any, kwargs: Any, labels: Tensor | None, seed: int) -> list[float]:
         """NLL summed over a batch, its count, right answers, and theirs (0 where there are no classes)."""
-        own = _for_own_loss(kwargs, labels)
+        _check_numbers((args, kwargs, labels), "a validation batch")
+        own = _for_own_loss(self._network, kwargs, labels)
         if own is not None:
             self.model.eval()
             count = Rows(self._network).batch_size(args, kwargs)
-            return [float(self.model(*args, **own).loss) * count, count, 0.0, 0.0]
+            return [float(_own_loss(self.model(*args, **own))) * count, count, 0.0, 0.0]
         if labels is None:
             raise DataError("a validation batch has no labels.")
         predictive = self._predict(args, kwargs, seed).fitted(labels)
@@ -297,18 +309,23 @@ class FineTuner:
     def _network(self) -> nn.Module:
         return self.model.model if isinstance(self.model, BayesianModel) else self.model
 
+    @property
+    def _plain_task(self) -> TaskName:
+        """What a plain network is trained for: classes, unless somebody says other."""
+        return task_of(self.model) or "classification" if self.task is None else self.task
+
     def _predict(self, args: Any, kwargs: Any, seed: int) -> Predictive:
         if isinstance(self.model, BayesianModel):
             return self.model.predict(*args, **kwargs, samples=self.config.eval_samples, seed=seed)
         self.model.eval()
         outputs = Rows(self.model).outputs(self.model(*args, **kwargs))
-        return Predictive.of(outputs[None, None], _plain_task(self.model))
+        return Predictive.of(outputs[None, None], self._plain_task)
 
     # ---------------------------------------------------------------------------------------------- parts
 
     def _objective(self) -> Callable[..., ELBOTerms]:
         if not isinstance(self.model, BayesianModel):
-            return _plain_nll(self.model)
+            return _plain_nll(self.model, self._plain_task)
         annealing = round(self.config.kl_annealing * self.total_steps)
         return ELBO(
             self.model,
@@ -352,7 +369,13 @@ class FineTuner:
         return progress, best
 
 
-def _for_own_loss(kwargs: dict[str, Any], labels: Tensor | None) -> dict[str, Any] | None:
+def _is_map_style(data: Any) -> bool:
+    if isinstance(data, (DataLoader, IterableDataset)):
+        return False
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__")
+
+
+def _for_own_loss(network: nn.Module, kwargs: dict[str, Any], labels: Tensor | None) -> dict[str, Any] | None:
     """The keyword inputs with which a network computes its loss itself; `None` where the loss is ours.
 
     Labels for each token are shifted and masked by a transformers model, so its loss is taken; and so it is for labels
@@ -360,7 +383,31 @@ def _for_own_loss(kwargs: dict[str, Any], labels: Tensor | None) -> dict[str, An
     """
     if labels is None:
         return kwargs if any(map(is_target, kwargs)) else None
-    return {**kwargs, "labels": labels} if labels.dim() > 1 and kwargs else None
+    return {**kwargs, "labels": labels} if labels.dim() > 1 and kwargs and _takes_labels(network) else None
+
+
+def _takes_labels(network: nn.Module) -> bool:
+    parameters = inspect.signature(network.forward).parameters
+    return "labels" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _own_loss(output: Any) -> Tensor:
+    loss = loss_of(output)
+    if loss is None:
+        raise DataError("the network got labels but gave no loss; expected an output with `loss`.")
+    return loss
+
+
+def _check_numbers(batch: Any, what: str) -> None:
+    """Raise `DataError` if there is NaN in a batch."""
+
+    def check(value: Any) -> Any:
+        tensor = value.data if isinstance(value, PackedSequence) else value
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise DataError(f"{what} holds NaN, as inputs or labels of shape {tuple(tensor.shape)}.")
+        return value
+
+    map_tensors(batch, check)
 
 
 def _accelerator(config: FineTuneConfig, output: Path | None) -> Accelerator:
@@ -379,21 +426,14 @@ def _zero(model: nn.Module) -> Tensor:
     return 0.0 * torch.stack(firsts).sum()
 
 
-def _plain_nll(model: nn.Module) -> Callable[..., ELBOTerms]:
+def _plain_nll(model: nn.Module, task: TaskName) -> Callable[..., ELBOTerms]:
     """The loss of a plain network, in the form the loop expects."""
 
-    task = _plain_task(model)
-
     def objective(output: Any, targets: Tensor | None, step: int, values: float = 1.0) -> ELBOTerms:
-        nll = output.loss if targets is None else task_nll(Rows(model).outputs(output), targets, task)
+        nll = _own_loss(output) if targets is None else task_nll(Rows(model).outputs(output), targets, task)
         return ELBOTerms(nll, nll.detach(), torch.zeros(()), 0.0)
 
     return objective
-
-
-def _plain_task(model: nn.Module) -> TaskName:
-    """What a plain network is trained for: classes, unless its config says other."""
-    return task_of(model) or "classification"
 
 
 def _check_plain(model: nn.Module, config: FineTuneConfig) -> None:

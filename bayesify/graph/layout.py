@@ -58,11 +58,16 @@ def observe(
     batch, or whole rows of it such as windows.
 
     Args:
-        layers: all but attention and recurrent layers are looked at, which know themselves where the batch is.
+        layers: all but attention layers are looked at, which know themselves where the batch is, as recurrent layers
+            do, if they get it at all.
         functional: products in the code of modules, see `Plan`.
         values: where it does not run on shapes alone, run it on the values, too: five times the work of one call.
     """
-    names = [name for name in layers if name not in functional and not _knows_its_batch(model.get_submodule(name))]
+    names = [
+        name
+        for name in layers
+        if name not in functional and not isinstance(model.get_submodule(name), nn.MultiheadAttention)
+    ]
     if not names and not functional:
         return Observed({}, {})
     seen = _grown_shapes(_run_on_shapes, model, inputs, names, functional)
@@ -75,7 +80,11 @@ def observe(
     without: dict[str, str] = {}
     for name, shapes in small.items():
         grown = _grown_dim(shapes, large[name])
-        if isinstance(grown, str):
+        if name in names and _knows_its_batch(layer := model.get_submodule(name)):
+            if isinstance(grown, str):
+                weights = [weight for weight, _ in layer.named_parameters(recurse=False) if weight.startswith("weight")]
+                without |= {site_name(name, weight): grown for weight in weights}
+        elif isinstance(grown, str):
             without[name] = grown
         elif grown and name in names and not _takes_any_shape(model.get_submodule(name)):
             without[name] = f"its input carries the batch in dimension {grown}, and not in the first"

@@ -85,11 +85,17 @@ def load_bayesian(
             raise FormatError(f"{folder / CONFIG_FILE}: {error}") from error
     conformal = _conformal(config["conformal"], state, folder)
     model = _network(origin, base_model, config["weights"] == "full", trust_remote_code, folder)
+    if config["weights"] == "full" and not isinstance(base_model, nn.Module):
+        _take_dtypes(model, state)
     bnn = _convert(model, config, state, folder)
     bnn.origin = origin if not isinstance(base_model, (str, Path)) else replace(origin, id=located(base_model))
     bnn.label_names = config["labels"]
     bnn.preprocessing = preprocessing
     bnn.temperature, bnn.conformal = float(config["temperature"]), conformal
+    if (folder / "generation_config.json").exists() and hasattr(bnn.model, "generation_config"):
+        from transformers import GenerationConfig
+
+        bnn.generation_config = GenerationConfig.from_pretrained(str(folder))
     return bnn.eval()
 
 
@@ -186,6 +192,14 @@ def _network(
         raise FormatError(f"{folder / CONFIG_FILE}: {error}") from error
     except BayesifyError as error:
         raise BayesifyError(f"{error} Or give the base model of {folder} as base_model=.") from error
+
+
+def _take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Parameters of a network that was built anew get the dtypes of what is to fill them."""
+    for name, parameter in model.named_parameters():
+        saved = state.get(name)
+        if saved is not None and saved.is_floating_point() and parameter.is_floating_point():
+            parameter.data = parameter.data.to(saved.dtype)
 
 
 def _convert(model: nn.Module, config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> BayesianModel:

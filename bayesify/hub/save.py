@@ -43,8 +43,10 @@ def save_pretrained(
 
     Raises:
         FormatError: the folder holds something that bayesify did not write.
+        BayesifyError: the network was changed after its conversion, so that what is written could not be read.
     """
     folder = check_output(folder)
+    _check_sites(model)
     origin = model.origin or origin_of(model.model)
     state = _unshared({name: value for name, value in model.model.state_dict().items() if not is_quantized(value)})
     base = None if full else _base_state(origin)
@@ -75,6 +77,9 @@ def save_pretrained(
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         if model.preprocessing is not None:
             model.preprocessing.save(temporary)
+        generation: Any = getattr(model.model, "generation_config", None)
+        if hasattr(generation, "save_pretrained"):
+            generation.save_pretrained(temporary)
         write_card(temporary / "README.md", model, origin, folder)
         # The config goes last, and that of an earlier save first: a reader that finds one finds what belongs to it.
         (folder / CONFIG_FILE).unlink(missing_ok=True)
@@ -84,6 +89,15 @@ def save_pretrained(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _check_sites(model: BayesianModel) -> None:
+    there = {name for name, _, _ in model.factors()}
+    if lost := sorted(set(model.report.converted) ^ there):
+        raise BayesifyError(
+            f"the network is not the one that was converted: {lost[0]} has lost its factors, or has another name. "
+            "Adapters and new heads go into the network before the conversion; save an adapted one as its library does."
+        )
 
 
 def _umask() -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from bayesify.errors import BayesifyError
+from bayesify.errors import BayesifyError, DataError, RowsError
 from bayesify.layers.linear import fold_matrix
 from bayesify.layers.product import DENSE, product, scratch
 from bayesify.layers.registry import Rank1Layer, bias_of, is_exact, original_class, rank1
@@ -151,6 +151,7 @@ class _Rank1RNN(_Recurrent):
             raise BayesifyError(
                 f"a rank-1 recurrent layer needs a batched input [N, T, in]; found {tuple(input.shape)}."
             )
+        self._check_state(input, hx)
         if self.draws > self.members or not self._foldable:
             if is_exact(original_class(type(self))):
                 return self._by_steps(input, hx)
@@ -160,6 +161,20 @@ class _Rank1RNN(_Recurrent):
                     "leave it out with exclude=, or multiply factors."
                 )
         return self._by_steps(input, hx) if self._scans(input) else self._by_draws(input, hx)
+
+    def _check_state(self, input: Tensor | PackedSequence, hx: State) -> None:
+        """Raise `DataError` if a state that was given has not the rows of the input."""
+        if hx is None or torch.compiler.is_compiling():
+            return
+        packed = isinstance(input, PackedSequence)
+        rows = int(input.batch_sizes[0]) if packed else input.shape[0 if self.batch_first else 1]
+        for state in hx if isinstance(hx, tuple) else (hx,):
+            if state.dim() != 3 or state.shape[1] != rows:
+                raise DataError(
+                    f"the initial state of a recurrent layer must be [layers, {rows} rows, features]; found "
+                    f"{tuple(state.shape)}. Only inputs with the batch in their first dimension are repeated for "
+                    "members: give states as [batch, layers, features], and transpose them inside the network."
+                )
 
     def _scans(self, input: Tensor | PackedSequence) -> bool:
         """Whether, in inference, all rows go through one operation: with one row a draw, folding costs more."""
@@ -387,9 +402,10 @@ class Rank1RNNCell(_Rank1Cell, nn.RNNCell): ...
 
 def _rows_per_draw(rows: int, draws: int) -> int:
     if rows % draws:
-        raise BayesifyError(
+        raise RowsError(
             f"a rank-1 recurrent layer got {rows} rows, which is no multiple of the {draws} draws of its factors. "
-            "Call the BayesianModel, not the network inside it."
+            "Call the BayesianModel, not the network inside it; and give it the rows of all examples at once, or leave "
+            "the layer out with exclude=."
         )
     return rows // draws
 

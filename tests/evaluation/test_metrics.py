@@ -223,7 +223,7 @@ def test_class_table_lists_the_hardest_first_and_skips_the_absent() -> None:
         (torch.zeros(1, 1, 2, 3), torch.tensor([0.0, 1.0]), "integer classes"),
         (torch.zeros(1, 1, 2, 3), torch.tensor([0]), "shape"),
         (torch.zeros(1, 1, 0, 3), torch.tensor([], dtype=torch.long), "empty"),
-        (torch.zeros(1, 1, 2, 1), torch.tensor([0, 0]), "two classes"),
+        (torch.zeros(1, 1, 2, 1), torch.tensor([0, 0]), "no choice of a class"),
         (torch.tensor([[[[math.nan, 0.0], [0.0, 0.0]]]]), torch.tensor([0, 0]), "NaN.*1 of 2"),
     ],
 )
