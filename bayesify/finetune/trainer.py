@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable
@@ -16,10 +15,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from bayesify.batch import Rows, is_target, loss_of, map_tensors, split_batch
+from bayesify.batch import Rows, split_batch
 from bayesify.data.seeding import seeded
 from bayesify.errors import ConfigError, DataError, FormatError, TrainingError
 from bayesify.finetune.batches import RankBatches, endless
@@ -34,9 +32,10 @@ from bayesify.finetune.checkpoint import (
 from bayesify.finetune.config import FineTuneConfig
 from bayesify.finetune.groups import make_optimizer, make_schedule, select_trained
 from bayesify.finetune.log import TrainingLog
+from bayesify.finetune.losses import check_numbers, for_own_loss, own_loss, plain_nll
 from bayesify.model import BayesianModel
 from bayesify.modes import start_training
-from bayesify.objective import ELBO, ELBOTerms, task_nll
+from bayesify.objective import ELBO, ELBOTerms
 from bayesify.predictive import Predictive
 from bayesify.tasks import TASKS, TaskName, task_of
 
@@ -212,7 +211,7 @@ class FineTuner:
             with seeded("settle"):
                 batch = next(iter(DataLoader(self.train, batch_sampler=pair, collate_fn=self.collate_fn)))
             args, kwargs, labels = split_batch(send_to_device(batch, self.accelerator.device))
-            self.model.settled(lambda: None, args, _for_own_loss(self._network, kwargs, labels) or kwargs)
+            self.model.settled(lambda: None, args, for_own_loss(self._network, kwargs, labels) or kwargs)
 
     def _step(self, model: nn.Module, optimizer: Any, objective: Any, batches: Any, step: int) -> dict[str, float]:
         """One optimizer step: `accumulation` batches, `train_samples` draws of each; the means of its numbers."""
@@ -223,7 +222,7 @@ class FineTuner:
         for number in range(forwards):
             if number % config.train_samples == 0:
                 args, kwargs, labels = split_batch(send_to_device(next(batches), accelerator.device))
-                own = _for_own_loss(self._network, kwargs, labels)
+                own = for_own_loss(self._network, kwargs, labels)
                 if own is not None and isinstance(self.model, BayesianModel):
                     values = Rows(self._network).values_per_example(args, own)
             if labels is None and own is None:
@@ -235,7 +234,7 @@ class FineTuner:
                 means = accelerator.reduce(torch.stack([terms.loss.detach(), terms.nll.detach()]), "mean")
                 loss, nll = means.tolist()  # type: ignore[union-attr]
                 if not math.isfinite(loss):
-                    _check_numbers((args, kwargs, labels), f"the training batch of step {step + 1}")
+                    check_numbers((args, kwargs, labels), f"the training batch of step {step + 1}")
                     raise self._diverged(optimizer, step, f"loss is {loss}", f"nll {nll:.4g}, kl {terms.kl.item():.4g}")
                 shared = _zero(model) if last and accelerator.num_processes > 1 else 0.0
                 accelerator.backward(terms.loss / forwards + shared)
@@ -289,12 +288,12 @@ class FineTuner:
 
     def _scores(self, args: Any, kwargs: Any, labels: Tensor | None, seed: int) -> list[float]:
         """NLL summed over a batch, its count, right answers, and theirs (0 where there are no classes)."""
-        _check_numbers((args, kwargs, labels), "a validation batch")
-        own = _for_own_loss(self._network, kwargs, labels)
+        check_numbers((args, kwargs, labels), "a validation batch")
+        own = for_own_loss(self._network, kwargs, labels)
         if own is not None:
             self.model.eval()
             count = Rows(self._network).batch_size(args, kwargs)
-            return [float(_own_loss(self.model(*args, **own))) * count, count, 0.0, 0.0]
+            return [float(own_loss(self.model(*args, **own))) * count, count, 0.0, 0.0]
         if labels is None:
             raise DataError("a validation batch has no labels.")
         predictive = self._predict(args, kwargs, seed).fitted(labels)
@@ -325,7 +324,7 @@ class FineTuner:
 
     def _objective(self) -> Callable[..., ELBOTerms]:
         if not isinstance(self.model, BayesianModel):
-            return _plain_nll(self.model, self._plain_task)
+            return plain_nll(self.model, self._plain_task)
         annealing = round(self.config.kl_annealing * self.total_steps)
         return ELBO(
             self.model,
@@ -375,41 +374,6 @@ def _is_map_style(data: Any) -> bool:
     return hasattr(data, "__getitem__") and hasattr(data, "__len__")
 
 
-def _for_own_loss(network: nn.Module, kwargs: dict[str, Any], labels: Tensor | None) -> dict[str, Any] | None:
-    """The keyword inputs with which a network computes its loss itself; `None` where the loss is ours.
-
-    Labels for each token are shifted and masked by a transformers model, so its loss is taken; and so it is for labels
-    of other names or kinds (start_positions, the objects of images).
-    """
-    if labels is None:
-        return kwargs if any(map(is_target, kwargs)) else None
-    return {**kwargs, "labels": labels} if labels.dim() > 1 and kwargs and _takes_labels(network) else None
-
-
-def _takes_labels(network: nn.Module) -> bool:
-    parameters = inspect.signature(network.forward).parameters
-    return "labels" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _own_loss(output: Any) -> Tensor:
-    loss = loss_of(output)
-    if loss is None:
-        raise DataError("the network got labels but gave no loss; expected an output with `loss`.")
-    return loss
-
-
-def _check_numbers(batch: Any, what: str) -> None:
-    """Raise `DataError` if there is NaN in a batch."""
-
-    def check(value: Any) -> Any:
-        tensor = value.data if isinstance(value, PackedSequence) else value
-        if tensor.is_floating_point() and tensor.isnan().any():
-            raise DataError(f"{what} holds NaN, as inputs or labels of shape {tuple(tensor.shape)}.")
-        return value
-
-    map_tensors(batch, check)
-
-
 def _accelerator(config: FineTuneConfig, output: Path | None) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.precision:
         AcceleratorState._reset_state(reset_partial_state=False)  # the state is global, the precision is not
@@ -424,16 +388,6 @@ def _zero(model: nn.Module) -> Tensor:
     """Zero, with a gradient for every parameter that trains: processes wait for all, used in the forward or not."""
     firsts = [p.flatten()[0].float() for p in model.parameters() if p.requires_grad and p.numel()]
     return 0.0 * torch.stack(firsts).sum()
-
-
-def _plain_nll(model: nn.Module, task: TaskName) -> Callable[..., ELBOTerms]:
-    """The loss of a plain network, in the form the loop expects."""
-
-    def objective(output: Any, targets: Tensor | None, step: int, values: float = 1.0) -> ELBOTerms:
-        nll = _own_loss(output) if targets is None else task_nll(Rows(model).outputs(output), targets, task)
-        return ELBOTerms(nll, nll.detach(), torch.zeros(()), 0.0)
-
-    return objective
 
 
 def _check_plain(model: nn.Module, config: FineTuneConfig) -> None:
