@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import IterableDataset, TensorDataset
 
 from bayesify import ELBO, BayesianModel, FineTuneConfig, FineTuner, bayesify, evaluate
-from bayesify.errors import ConfigError, DataError, RowsError
+from bayesify.errors import ConfigError, DataError, RowsError, TrainingError
 
 PATIENTS, HOURS, CHANNELS = 6, 7, 5
 LENGTHS = torch.tensor([3, 7, 2, 5, 5, 1])
@@ -154,7 +154,7 @@ def test_nan_is_named_where_it_is(x: Tensor) -> None:
     options = FineTuneConfig(epochs=1, batch_size=3)
     with pytest.raises(DataError, match=r"validation batch holds NaN.*\(3, 7, 5\)"):
         FineTuner(bayesify(Records(), members=2), good, bad, options, progress=False).fit()
-    with pytest.raises(DataError, match=r"training batch of step \d holds NaN"):
+    with pytest.raises(TrainingError, match=r"the loss is nan at step \d .*Its batch holds NaN"):
         FineTuner(bayesify(Records(), members=2), bad, good, options, progress=False).fit()
     with pytest.raises(DataError, match="outputs hold NaN"):
         bayesify(Records(), members=2, init="ones").fit_spread([(holed, labels)])

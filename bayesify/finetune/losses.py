@@ -40,16 +40,18 @@ def own_loss(output: Any) -> Tensor:
     return loss
 
 
-def check_numbers(batch: Any, what: str) -> None:
-    """Raise `DataError` if there is NaN in a batch."""
+def nan_in(batch: Any) -> str | None:
+    """Where there is NaN in a batch, in words."""
+    found: list[str] = []
 
-    def check(value: Any) -> Any:
+    def look(value: Any) -> Any:
         tensor = value.data if isinstance(value, PackedSequence) else value
         if tensor.is_floating_point() and tensor.isnan().any():
-            raise DataError(f"{what} holds NaN, as inputs or labels of shape {tuple(tensor.shape)}.")
+            found.append(f"holds NaN, in inputs or labels of shape {tuple(tensor.shape)}.")
         return value
 
-    map_tensors(batch, check)
+    map_tensors(batch, look)
+    return found[0] if found else None
 
 
 def plain_nll(model: nn.Module, task: TaskName) -> Callable[..., ELBOTerms]:

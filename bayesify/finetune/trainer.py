@@ -32,7 +32,7 @@ from bayesify.finetune.checkpoint import (
 from bayesify.finetune.config import FineTuneConfig
 from bayesify.finetune.groups import make_optimizer, make_schedule, select_trained
 from bayesify.finetune.log import TrainingLog
-from bayesify.finetune.losses import check_numbers, for_own_loss, own_loss, plain_nll
+from bayesify.finetune.losses import for_own_loss, nan_in, own_loss, plain_nll
 from bayesify.model import BayesianModel
 from bayesify.modes import start_training
 from bayesify.objective import ELBO, ELBOTerms
@@ -234,8 +234,8 @@ class FineTuner:
                 means = accelerator.reduce(torch.stack([terms.loss.detach(), terms.nll.detach()]), "mean")
                 loss, nll = means.tolist()  # type: ignore[union-attr]
                 if not math.isfinite(loss):
-                    check_numbers((args, kwargs, labels), f"the training batch of step {step + 1}")
-                    raise self._diverged(optimizer, step, f"loss is {loss}", f"nll {nll:.4g}, kl {terms.kl.item():.4g}")
+                    numbers = f"nll {nll:.4g}, kl {terms.kl.item():.4g}"
+                    raise self._diverged(optimizer, step, f"loss is {loss}", numbers, nan_in((args, kwargs, labels)))
                 shared = _zero(model) if last and accelerator.num_processes > 1 else 0.0
                 accelerator.backward(terms.loss / forwards + shared)
             parts = {"loss": loss, "nll": nll, "kl": terms.kl.item(), "kl_weight": terms.weight}
@@ -249,13 +249,12 @@ class FineTuner:
         optimizer.zero_grad()
         return totals
 
-    def _diverged(self, optimizer: Any, step: int, what: str, numbers: str) -> TrainingError:
+    def _diverged(self, optimizer: Any, step: int, what: str, numbers: str, nan: str | None = None) -> TrainingError:
         """The error, with weights as they are after the step before."""
         optimizer.zero_grad()
         kept = f" The last checkpoint, in {self.output}, is kept." if self.output else ""
-        return TrainingError(
-            f"the {what} at step {step + 1} ({numbers}). Try a lower learning_rate or factor_lr_multiplier.{kept}"
-        )
+        advice = "Try a lower learning_rate or factor_lr_multiplier." if nan is None else f"Its batch {nan}"
+        return TrainingError(f"the {what} at step {step + 1} ({numbers}). {advice}{kept}")
 
     # ---------------------------------------------------------------------------------------------- validation
 
@@ -288,7 +287,8 @@ class FineTuner:
 
     def _scores(self, args: Any, kwargs: Any, labels: Tensor | None, seed: int) -> list[float]:
         """NLL summed over a batch, its count, right answers, and theirs (0 where there are no classes)."""
-        check_numbers((args, kwargs, labels), "a validation batch")
+        if (nan := nan_in((args, kwargs, labels))) is not None:
+            raise DataError(f"a validation batch {nan}")
         own = for_own_loss(self._network, kwargs, labels)
         if own is not None:
             self.model.eval()

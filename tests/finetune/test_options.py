@@ -134,7 +134,7 @@ def test_several_draws_a_step_see_one_batch(accumulation: int) -> None:
     draws = []
 
     def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if bnn.training:
+        if module.training:
             seen.append(args[0].detach().clone())
             draws.append(bnn.model.head.rank1["weight"].s.value().detach().clone())  # type: ignore[union-attr,index]
 
