@@ -312,7 +312,7 @@ class Passes:
         raise RowsError(
             f"members are mixed in {name!r}: computed together, they give other outputs than one by one. The rows of "
             "its input do not lie member by member: it is the same for all examples, or the data of a packed sequence, "
-            "or has its time before its batch in one dimension. Put the batch first, or leave the layer out by exclude=."
+            "or has its time before its batch in one dimension. Put the batch first, or leave it out with exclude=."
         )
 
     @contextmanager
