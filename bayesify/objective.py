@@ -115,8 +115,9 @@ class ELBO:
             )
         if self.likelihood == "mixture" and members > 1 and partitioned:
             raise ConfigError("likelihood='mixture' needs every member to see every example; use expand='replicate'.")
-        task: TaskName = resolve_task(outputs, self.model.task)
-        check_guess(self.model.task, task, targets)
+        given = self.model.task
+        task: TaskName = resolve_task(outputs, given)
+        check_guess(given, task, targets)
         nll = task_nll(outputs, targets, task, members=1 if partitioned else members, likelihood=self.likelihood)
         return nll, TASKS[task].count(targets).to(nll.device) / len(targets)
 

@@ -6,7 +6,7 @@ A compiler sees the network and nothing of this: what prepares a pass, and what 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from bayesify.batch import Rows, are_plain
 from bayesify.config import Rank1Config
 from bayesify.draws import Draws
 from bayesify.errors import DataError, RowsError
-from bayesify.graph import ConversionReport, Cut, Parting, observe, site_name, take_out
+from bayesify.graph import ConversionReport, Cut, Parting, observe, site_name, take_out, watched_outputs
 from bayesify.layers import Rank1Functional, Rank1Layer
 from bayesify.modes import evaluating
 from bayesify.strategy import Strategies, Strategy
@@ -162,12 +162,13 @@ class Passes:
     def _members_of(self, run: _Run, members: slice, output: Any) -> Tensor:
         """[k, B, ...]"""
         main = run.rows.outputs(output).movedim(run.rows.input_dim, 0)
-        if len(main) % (members.stop - members.start):
+        count = members.stop - members.start
+        if len(main) % count:
             raise DataError(
-                f"the network gave {len(main)} rows for {run.batch} examples and {members.stop - members.start} "
-                "members. The batch must be the first dimension of its inputs and outputs."
+                f"the network gave {len(main)} rows for {run.batch} examples and {count} members. The batch must be "
+                "the first dimension of its inputs and outputs."
             )
-        return main.unflatten(0, (members.stop - members.start, -1))
+        return main.unflatten(0, (count, -1))
 
     # -------------------------------------------------------------------------------------------- looking
 
@@ -320,21 +321,14 @@ class Passes:
         """What each layer with factors gives, call by call."""
         noted: list[tuple[str, Tensor]] = []
 
-        def watch(name: str) -> Any:
-            def hook(_: nn.Module, args: Any, output: Any) -> None:
-                while isinstance(output, tuple) and not isinstance(output, PackedSequence):
-                    output = output[0]
-                if isinstance(output, PackedSequence):
-                    output = pad_packed_sequence(output, batch_first=True)[0]
-                if isinstance(output, Tensor):
-                    noted.append((name, output))
+        def note(name: str, output: Any) -> None:
+            if isinstance(output, PackedSequence):
+                output = pad_packed_sequence(output, batch_first=True)[0]
+            if isinstance(output, Tensor):
+                noted.append((name, output))
 
-            return hook
-
-        with ExitStack() as undo:
-            for name, layer in self._model.named_modules():
-                if isinstance(layer, Rank1Layer):
-                    undo.callback(layer.register_forward_hook(watch(name)).remove)
+        layers = [name for name, layer in self._model.named_modules() if isinstance(layer, Rank1Layer)]
+        with watched_outputs(self._model, layers, note):
             yield noted
 
 

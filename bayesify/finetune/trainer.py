@@ -311,7 +311,7 @@ class FineTuner:
     @property
     def _plain_task(self) -> TaskName:
         """What a plain network is trained for: classes, unless somebody says other."""
-        return task_of(self.model) or "classification" if self.task is None else self.task
+        return self.task or task_of(self.model) or "classification"
 
     def _predict(self, args: Any, kwargs: Any, seed: int) -> Predictive:
         if isinstance(self.model, BayesianModel):

@@ -9,6 +9,7 @@ from bayesify.graph.late import Cut as Cut
 from bayesify.graph.late import Parting as Parting
 from bayesify.graph.late import find_cut as find_cut
 from bayesify.graph.layout import observe as observe
+from bayesify.graph.layout import watched_outputs as watched_outputs
 from bayesify.graph.norms import NormPairs as NormPairs
 from bayesify.graph.norms import norm_pairs as norm_pairs
 from bayesify.graph.plan import Plan as Plan

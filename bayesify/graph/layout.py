@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from bayesify.batch import Rows
 from bayesify.graph.inputs import Inputs
@@ -18,6 +19,7 @@ from bayesify.layers import OUT_BATCH_DIM, Rank1Layer, Site, rank1_class, watche
 from bayesify.modes import evaluating
 
 _TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 CONSTANT = "its input does not carry the batch: it is the same for every example"
 
 
@@ -80,7 +82,7 @@ def observe(
     without: dict[str, str] = {}
     for name, shapes in small.items():
         grown = _grown_dim(shapes, large[name])
-        if name in names and _knows_its_batch(layer := model.get_submodule(name)):
+        if name in names and isinstance(layer := model.get_submodule(name), _RECURRENT):
             if isinstance(grown, str):
                 weights = [weight for weight, _ in layer.named_parameters(recurse=False) if weight.startswith("weight")]
                 without |= {site_name(name, weight): grown for weight in weights}
@@ -113,7 +115,7 @@ def may_be_elsewhere(layers: Mapping[str, nn.Module], functional: Mapping[str, M
 
 
 def _knows_its_batch(layer: nn.Module) -> bool:
-    return isinstance(layer, (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase))
+    return isinstance(layer, (nn.MultiheadAttention, *_RECURRENT))
 
 
 def _takes_any_shape(layer: nn.Module) -> bool:
@@ -155,20 +157,32 @@ def _run_on_values(
 
 
 @contextmanager
-def _noted_shapes(model: nn.Module, names: list[str], functional: Mapping[str, Mapping[str, str]]) -> Iterator[_Shapes]:
-    shapes: _Shapes = {name: [] for name in names}
+def watched_outputs(model: nn.Module, names: Iterable[str], note: Callable[[str, Any], None]) -> Iterator[None]:
+    """Inside, `note` gets the name of a module and what it gives, of several things the first, at each of its calls."""
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            if isinstance(first, Tensor):
-                shapes[name].append(first.shape)
+            several = isinstance(output, tuple) and not isinstance(output, PackedSequence)
+            note(name, output[0] if several else output)
 
         return hook
 
     with ExitStack() as undo:
         for name in names:
             undo.callback(model.get_submodule(name).register_forward_hook(watch(name)).remove)
+        yield
+
+
+@contextmanager
+def _noted_shapes(model: nn.Module, names: list[str], functional: Mapping[str, Mapping[str, str]]) -> Iterator[_Shapes]:
+    shapes: _Shapes = {name: [] for name in names}
+
+    def note(name: str, output: Any) -> None:
+        if isinstance(output, Tensor):
+            shapes[name].append(output.shape)
+
+    with ExitStack() as undo:
+        undo.enter_context(watched_outputs(model, names, note))
         for name, roles in functional.items():
             recorders = {path: _Recorder(shapes.setdefault(site_name(name, path), [])) for path in roles}
             undo.enter_context(watched_products(model.get_submodule(name), recorders, roles))
