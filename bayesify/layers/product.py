@@ -59,10 +59,10 @@ class Dense:
     def gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        across, down = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         return (
             matmul.linear(grad, weight.t()) if of_x else None,
-            matmul.linear(across.t(), down.t()) if of_weight else None,
+            # Not oneDNN's, which would copy both sides to transpose them.
+            grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,
         )
 
     def growth(self, weight: Tensor) -> float:

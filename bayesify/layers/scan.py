@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesify.layers.matmul import linear
 
 BLOCK_BYTES = 1 << 20
 """Size of the gates of a block of steps: of the order of a core's cache."""
@@ -207,7 +206,7 @@ class _Scan(torch.autograd.Function):
                 d_h = d_scaled if s is None else torch.mul(d_scaled, s, out=d_h)
             if d_weight is not None:
                 scaled = old_h if s is None else old_h * s
-                d_weight += linear(back.flatten(0, 1).t(), scaled.flatten(0, 1).t())
+                d_weight.addmm_(back.flatten(0, 1).t(), scaled.flatten(0, 1))
         d_s, d_r = (d if d is None or v is None else d.sum_to_size(v.shape) for d, v in ((d_s, s), (d_r, r)))
         return d_x, d_weight, d_s, d_r, d_h, d_c, None
 
