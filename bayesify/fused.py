@@ -17,8 +17,9 @@ from bayesify.batch import Rows
 from bayesify.errors import ConfigError, ConversionError, DataError, TrainingError
 from bayesify.graph import NormPairs, as_inputs, derive_inputs, norm_pairs
 from bayesify.graph.inputs import Inputs
-from bayesify.layers import Gathering, MemberBatchNorm, Rank1Layer, WideLinear, detach
+from bayesify.layers import Gathering, MemberBatchNorm, Rank1Layer, detach, speed_up
 from bayesify.merge import absorb_norm, fold, give_scale, single
+from bayesify.modes import full_float32
 from bayesify.predictive import Predictive
 from bayesify.tasks import TaskName, resolve_task
 
@@ -255,13 +256,12 @@ def _network(
             else:
                 for name in pair:
                     network.set_submodule(name, first.get_submodule(name))
-    for module in network.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = WideLinear
+    speed_up(network)
     return network
 
 
 @torch.no_grad()
+@full_float32()
 def _agree(plain: nn.Module, tried: nn.Module, inputs: Inputs) -> bool:
     """Whether two networks give the same outputs."""
     rows = Rows(plain)

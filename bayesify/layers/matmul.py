@@ -29,13 +29,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
 
-class WideLinear(nn.Linear):
-    """A dense layer for inference whose product is `linear`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
-
-
 def _for_onednn(*tensors: Tensor | None) -> bool:
     """Whether a product of such tensors is oneDNN's: of plain float32 on a CPU, without gradients or a compiler."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not has_wider_onednn():

@@ -81,6 +81,9 @@ class Convolution:
     groups: int
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # which knows the functions for layers, but on a CPU not this one
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         return torch.convolution(
             x, weight, bias, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
         )

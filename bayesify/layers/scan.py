@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 BLOCK_BYTES = 1 << 20
 """Size of the gates of a block of steps: of the order of a core's cache."""
 PACKED_STEPS = 8
