@@ -17,6 +17,8 @@ from bayesify.errors import FormatError
 
 CONFIG_FILE = "bayesify_config.json"
 WEIGHTS_FILE = "bayesify.safetensors"
+TOKENIZER_FILES = ("*.txt", "*.model", "*.jinja", "*.codes", "*.tiktoken")
+"""What tokenizers write beside JSON: vocabularies, merges and templates of chats."""
 SAVING = ".saving-"
 """How the name of a folder begins in which a model is written before it takes its place."""
 OUR_FILES = (

@@ -27,6 +27,7 @@ from bayesify.layers import (
     original_class,
     rank1_class,
 )
+from bayesify.modes import full_float32
 
 _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -98,6 +99,7 @@ def fold(network: nn.Module) -> None:
 
 
 @torch.no_grad()
+@full_float32()
 def fold_layer(name: str, layer: Rank1Layer) -> None:
     """Turn one rank-1 layer of a single member, in place, into the plain layer."""
     cls = type(layer)
@@ -161,6 +163,7 @@ def _fold_norm(layer: MemberBatchNorm, member: int) -> None:
 
 
 @torch.no_grad()
+@full_float32()
 def absorb_norm(network: nn.Module, layer_name: str, norm_name: str) -> bool:
     """Make a batch norm in eval mode a part of the layer before it, in place, in a network of a single member.
 

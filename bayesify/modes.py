@@ -1,12 +1,14 @@
-"""Evaluation mode for a while, training mode without that of batch norms, and one thread at a time."""
+"""Evaluation mode for a while, training mode without that of batch norms, full precision, and one thread at a time."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -41,6 +43,61 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products in all digits of float32 inside: for comparing two ways to compute the same.
+
+    GPUs, and CPUs if asked to, may round what they multiply to fewer digits; cuDNN's convolutions do by default.
+    """
+    restore = _take_all_digits()
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _take_all_digits() -> Callable[[], None]:
+    """Change torch's settings; returns what changes them back."""
+    backends: Any = torch.backends
+    try:
+        matmul, rounds = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+    except RuntimeError:  # they were made in torch's newer way, which is not to be mixed with the older
+        holders = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        holders += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+        before = [holder.fp32_precision for holder in holders]
+        for holder in holders:
+            holder.fp32_precision = "ieee"
+
+        def restore() -> None:
+            for holder, value in zip(holders, before, strict=True):
+                holder.fp32_precision = value
+    else:
+
+        def set_to(precision: str, tf32: bool) -> None:
+            if matmul != "highest":
+                torch.set_float32_matmul_precision(precision)
+            if rounds:
+                backends.cudnn.allow_tf32 = tf32
+
+        set_to("highest", False)
+        restore = partial(set_to, matmul, True)
+    return restore
+
+
+@contextmanager
+def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
+    """Recurrent layers in evaluation mode have gradients inside: cuDNN's have none, torch's own have."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    enabled = torch.backends.cudnn.enabled
+    try:
+        if recurrent:
+            torch.backends.cudnn.enabled = False
+        yield
+    finally:
+        if recurrent:
+            torch.backends.cudnn.enabled = enabled
 
 
 def start_training(model: nn.Module, *, freeze_batch_norm: bool = False) -> None:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from bayesify.batch import Rows, are_plain
+from bayesify.batch import Rows, are_plain, map_tensors
 from bayesify.config import Rank1Config
 from bayesify.draws import Draws
 from bayesify.errors import DataError, RowsError
 from bayesify.graph import ConversionReport, Cut, Parting, observe, site_name, take_out, watched_outputs
 from bayesify.layers import Rank1Functional, Rank1Layer
-from bayesify.modes import evaluating
+from bayesify.modes import evaluating, full_float32
 from bayesify.strategy import Strategies, Strategy
 from bayesify.tasks import TaskName, task_of
 
@@ -109,7 +109,7 @@ class Passes:
         """The output of the network for k members on B examples, of k·B rows."""
         try:
             args, kwargs = self._enter(run, members, seed)
-            return self._leave(self._network(args, kwargs))
+            return self._leave(self._kept(self._network(args, kwargs)))
         finally:
             self._end()
 
@@ -142,6 +142,15 @@ class Passes:
         self.draws.hold(members, run.batch, seed)
         count = members.stop - members.start
         return self.parting.enter(run.rows, run.args, run.kwargs, run.batch, count, run.cut)
+
+    @outside
+    def _kept(self, output: Any) -> Any:
+        """A copy, on a GPU, of what a compiled network gives: replaying a CUDA graph writes over it."""
+        if self._model._compiled_call_impl is None:
+            return output
+        return map_tensors(
+            output, lambda value: value.clone() if isinstance(value, Tensor) and value.is_cuda else value
+        )
 
     @outside
     def _leave(self, output: Any) -> Any:
@@ -199,7 +208,7 @@ class Passes:
 
     def _verify(self, strategy: Strategy, cut: Cut, rows: Rows, args: Any, kwargs: Any) -> None:
         everyone, batch = slice(0, self._members), rows.batch_size(args, kwargs)
-        with evaluating(self._model), torch.no_grad():
+        with evaluating(self._model), full_float32(), torch.no_grad():
             early, late = (
                 rows.outputs(self._pass(_Run(rows, args, kwargs, batch, where, [everyone]), everyone, None))
                 for where in (None, cut)
@@ -290,7 +299,7 @@ class Passes:
             return rows.outputs(self._pass(_Run(rows, args, kwargs, batch, None, [part]), part, None))
 
         before = torch.get_rng_state()
-        with evaluating(self._model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with evaluating(self._model), full_float32(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             try:
                 both, alone = outputs(0), outputs(1)
             except Exception:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bayesify.batch import Rows, split_batch
 from bayesify.errors import DataError
-from bayesify.modes import evaluating
+from bayesify.modes import differentiable_recurrence, evaluating
 from bayesify.tasks import resolve_task
 
 if TYPE_CHECKING:
@@ -32,15 +32,16 @@ def fisher(bnn: BayesianModel, loader: Iterable[Any], seed: int = 0) -> tuple[li
     Raises:
         DataError: no examples, or outputs that are not classes.
     """
-    sums = [torch.zeros_like(factor.mean, dtype=torch.float64) for _, _, factor in bnn.factors()]
+    means = [factor.mean for _, _, factor in bnn.factors()]
+    sums = [torch.zeros(mean.shape, dtype=torch.float64) for mean in means]  # on the CPU: not all devices have it
     count = 0
     for member, gradients in example_gradients(bnn, loader, range(bnn.members), seed):
         for total, gradient in zip(sums, gradients, strict=True):
-            total[member] += gradient.double().square().sum(0)
+            total[member] += _squares(gradient)
         count += len(gradients[0]) if member == 0 else 0
     if not count:
         raise DataError("there is no example in the data: every batch is empty.")
-    return [(total / count).float() for total in sums], count
+    return [(total / count).to(mean) for total, mean in zip(sums, means, strict=True)], count
 
 
 def low_rank_fisher(bnn: BayesianModel, loader: Iterable[Any], rank: int, seed: int = 0) -> tuple[Tensor, Tensor, int]:
@@ -52,14 +53,14 @@ def low_rank_fisher(bnn: BayesianModel, loader: Iterable[Any], rank: int, seed: 
     sketch, diagonal, count = torch.zeros(0), torch.zeros(0), 0
     for _, gradients in example_gradients(bnn, loader, range(1), seed):
         rows = torch.cat(gradients, 1)
-        squares = rows.double().square().sum(0)
+        squares = _squares(rows)
         sketch, diagonal = (torch.cat([sketch, rows]), diagonal + squares) if count else (rows, squares)
         count += len(rows)
         sketch = _strongest(sketch, 5 * rank)
     if not count:
         raise DataError("there is no example in the data: every batch is empty.")
     directions = _strongest(sketch, rank) / count**0.5
-    rest = diagonal.float() / count - directions.square().sum(0)
+    rest = (diagonal / count).to(directions) - directions.square().sum(0)
     return directions, rest.clamp_min(0.0), count
 
 
@@ -67,8 +68,13 @@ def _strongest(rows: Tensor, rank: int) -> Tensor:
     """[rank, D] (or fewer) with, of all such, the product Rᵀ R nearest to that of the rows."""
     if len(rows) <= rank:
         return rows
-    _, vectors = torch.linalg.eigh((rows @ rows.T).double())
-    return vectors[:, -rank:].T.to(rows.dtype) @ rows
+    _, vectors = torch.linalg.eigh((rows @ rows.T).cpu().double())
+    return vectors[:, -rank:].T.to(rows) @ rows
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """[D] the sum of squares of a batch, in float64 on the CPU."""
+    return rows.float().square().sum(0).cpu().double()
 
 
 def example_gradients(
@@ -78,7 +84,7 @@ def example_gradients(
     factors = [factor for _, _, factor in bnn.factors()]
     device = factors[0].mean.device
     generator = torch.Generator(device).manual_seed(seed)
-    with evaluating(bnn), torch.enable_grad():
+    with evaluating(bnn), differentiable_recurrence(bnn), torch.enable_grad():
         for batch in loader:
             args, kwargs, _ = split_batch(send_to_device(batch, device))
             examples = Rows(bnn.model).batch_size(args, kwargs)

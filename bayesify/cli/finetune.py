@@ -58,7 +58,7 @@ def finetune(
     ] = None,
     max_length: Annotated[int, typer.Option(help="Token limit of texts.", rich_help_panel="Data")] = 128,
     color_jitter: Annotated[
-        float, typer.Option(help="Strength of the random change of colors.", rich_help_panel="Data")
+        float, typer.Option(min=0, help="Strength of the random change of colors.", rich_help_panel="Data")
     ] = 0.0,
     recipe: Annotated[
         str | None,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from bayesify.batch import split_batch
@@ -85,16 +87,47 @@ def collect(
             if target is not None:
                 target = target.cpu()
                 prediction = _fitted(prediction, target, index)
+            if predictions:
+                _check_alike(predictions[0], prediction, target, index)
             predictions.append(prediction)
             labels.append(target)
 
     known = [label for label in labels if label is not None]
     if known and len(known) < len(labels):
         raise DataError(f"only {len(known)} of {len(labels)} batches have labels; label all of them or none.")
+    if predictions and _are_tokens(predictions[0]):
+        predictions, known = _equally_long(predictions, known)
     predictive = Predictive.cat(predictions)
     if len(predictive) == 0:
         raise DataError("there is no example in the data: every batch is empty.")
     return predictive, torch.cat(known) if known else None
+
+
+def _check_alike(first: Predictive, prediction: Predictive, target: Tensor | None, index: int) -> None:
+    """Raise `DataError` unless outputs fit those of the first batch: of tokens with labels, the length may differ."""
+    expected, found = first.outputs.shape[3:], prediction.outputs.shape[3:]
+    if expected == found:
+        return
+    tokens = _are_tokens(first) and _are_tokens(prediction) and expected[-1] == found[-1]
+    if not tokens or target is None:
+        raise DataError(
+            f"batch {index} has outputs of shape {tuple(found)} for an example, and the first {tuple(expected)}. Give "
+            + ("labels, or texts padded to one length." if tokens else "inputs of one size.")
+        )
+
+
+def _are_tokens(prediction: Predictive) -> bool:
+    """Whether outputs are [K, S, B, T, C] logits of tokens."""
+    return prediction.task == "classification" and prediction.outputs.dim() == 5
+
+
+def _equally_long(predictions: list[Predictive], labels: list[Tensor]) -> tuple[list[Predictive], list[Tensor]]:
+    """Outputs of tokens and their labels [B, T], padded to the longest by what does not count."""
+    longest = max(prediction.outputs.shape[3] for prediction in predictions)
+    missing = [longest - prediction.outputs.shape[3] for prediction in predictions]
+    outputs = [F.pad(p.outputs, (0, 0, 0, more)) for p, more in zip(predictions, missing, strict=True)]
+    padded = [F.pad(label, (0, more), value=IGNORED) for label, more in zip(labels, missing, strict=False)]
+    return [replace(p, outputs=o) for p, o in zip(predictions, outputs, strict=True)], padded
 
 
 def collect_labeled(model: Any, batches: Iterable[Any], **options: Any) -> tuple[Predictive, Tensor]:

@@ -25,9 +25,11 @@ class KLCallback(TrainerCallback):
     trainer = Trainer(bnn, arguments, train_dataset=data, callbacks=[KLCallback()], optimizers=(optimizer, None))
     ```
 
-    The optimizer is worth giving: the Trainer's own has one learning rate, and factors want a larger one. Logs gain
-    "kl", in nats. With gradient accumulation, losses are averaged over the accumulated batches. Labels that are not
-    called so (start_positions, say) have to be named in `TrainingArguments(label_names=...)`, or there is no eval_loss.
+    The optimizer is worth giving: the Trainer's own has one learning rate, and factors want a larger one. The history
+    of logs gains "kl", in nats; other reports get it where the callback comes before theirs, in
+    `trainer.callback_handler.callbacks`. With gradient accumulation, losses are averaged over the accumulated batches.
+    Labels that are not called so (start_positions, say) have to be named in `TrainingArguments(label_names=...)`, or
+    there is no eval_loss.
 
     Args:
         num_examples: N; by default the length of the training data.

@@ -73,8 +73,8 @@ def save_checkpoint(
     content = {"format": FORMAT, "progress": progress, "groups": groups, "scalars": scalars}
     (temporary / "checkpoint.json").write_text(json.dumps(content, indent=1))
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    if folder.exists():  # or the older one is the only one
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
     os.replace(temporary, folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -94,7 +94,7 @@ def load_checkpoint(
     if content.get("format") != FORMAT:
         raise FormatError(f"{folder / 'checkpoint.json'}: format {content.get('format')!r}; expected {FORMAT}.")
     model_state = read_tensors(folder / "model.safetensors")
-    best = read_tensors(folder / "best.safetensors")
+    best = _read(folder / "best.safetensors")
     try:
         state, groups, progress = _parse(folder, content, optimizer)
         before, states = dict(progress["run"]), len(progress["random"])
@@ -122,7 +122,7 @@ def _parse(
 ) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
     """State and groups for the optimizer, and the progress."""
     state: dict[int, dict[str, Any]] = {}
-    for name, value in read_tensors(folder / "optimizer.safetensors").items():
+    for name, value in _read(folder / "optimizer.safetensors").items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
     for index, entries in content["scalars"].items():
@@ -157,7 +157,7 @@ def random_state() -> dict[str, Any]:
         "python": [version, list(internal), gauss],
         "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],  # type: ignore[union-attr]
         "torch": torch.get_rng_state().tolist(),
-        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else [],  # of this process's device
     }
 
 
@@ -168,7 +168,12 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([torch.tensor(s, dtype=torch.uint8) for s in state["cuda"]])
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Tensors that outlive their file, which the next checkpoint replaces."""
+    return {name: value.clone() for name, value in read_tensors(path).items()}
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

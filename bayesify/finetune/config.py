@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from accelerate.utils import LoggerType
+
 from bayesify.config import as_names, check_choices, check_flags, check_number
 from bayesify.errors import ConfigError
 from bayesify.model import Expansion
@@ -129,6 +131,11 @@ class FineTuneConfig:
                 raise ConfigError(f"{name} must be a positive integer; found {value!r}.")
         if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 0:
             raise ConfigError(f"workers must be an integer and not negative; found {self.workers!r}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
+            raise ConfigError(f"seed must be an integer from 0 to 2**31 - 1; found {self.seed!r}.")
+        if unknown := sorted(set(self.trackers) - {tracker.value for tracker in LoggerType}):
+            known = ", ".join(sorted(tracker.value for tracker in LoggerType))
+            raise ConfigError(f"trackers={unknown[0]!r} is unknown; expected some of {known}.")
         for name, value in (("warmup", self.warmup), *(("milestones", value) for value in self.milestones)):
             check_number(name, value, "a fraction of the steps, from 0 to 1", lambda v: 0.0 <= v <= 1.0)
         for name in ("learning_rate", "factor_lr_multiplier", "decay_factor"):

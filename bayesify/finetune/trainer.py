@@ -150,6 +150,7 @@ class FineTuner:
         if resume:
             progress, best = self._restore(optimizer)
             scheduler.load_state_dict(progress["scheduler"])
+        self._check_agreed(progress["step"])
         model, optimizer = accelerator.prepare(self.model, optimizer)
         objective = self._objective()
         loader: DataLoader[Any] = DataLoader(
@@ -349,6 +350,15 @@ class FineTuner:
         if self.accelerator.is_main_process:
             save_checkpoint(self.checkpoint, self.model, optimizer, progress, best)
         self.accelerator.wait_for_everyone()
+
+    def _check_agreed(self, step: int) -> None:
+        """Machines without a common file system may not all have the checkpoint."""
+        steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).tolist()  # type: ignore[union-attr]
+        if len(set(steps)) > 1:
+            raise FormatError(
+                f"the processes would go on from different steps ({steps}): they need one output folder that all "
+                "machines see, or a copy of it on each."
+            )
 
     def _run(self) -> dict[str, Any]:
         """What a resumed run must have in common with the interrupted one."""

@@ -14,7 +14,7 @@ from bayesify.graph.inputs import Inputs
 from bayesify.graph.plan import Plan, site_name
 from bayesify.graph.rewrite import restore, swap
 from bayesify.layers import MemberNorm, MemberVector
-from bayesify.modes import evaluating
+from bayesify.modes import differentiable_recurrence, evaluating, full_float32
 
 _TOLERANCE = 1e-4
 """Relative. Networks of few bits get ten of their own rounding errors: 1e-2 in float16, 8e-2 in bfloat16."""
@@ -32,7 +32,7 @@ def audit(model: nn.Module, inputs: Inputs, plan: Plan, config: Rank1Config) -> 
     rows = Rows(model)
     batch = rows.batch_size(*inputs)
     args, kwargs = rows.expand(*inputs, 2)
-    with evaluating(model):
+    with evaluating(model), full_float32(), differentiable_recurrence(model):
         try:
             with torch.no_grad():
                 expected = model(*inputs[0], **inputs[1])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bayesify.config import Rank1Config
 from bayesify.errors import BayesifyError, ConversionError, FormatError
-from bayesify.files import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors
+from bayesify.files import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, read_json, read_tensors
 from bayesify.graph import is_quantized
 from bayesify.hub.base import load_base
 from bayesify.hub.origin import Origin, build, located
@@ -32,7 +32,7 @@ _FIELDS = {
 }  # fmt: skip
 _FUSED = {"samples": (int, type(None)), "seed": (int, type(None)), "weights": (str, type(None))}
 """The types of what the field `fused`, which is optional, may hold: options of `BayesianModel.fuse`."""
-_DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
+_DOWNLOADED = ["*.json", "*.safetensors", "README.md", *TOKENIZER_FILES]
 
 
 def from_pretrained(
@@ -85,7 +85,7 @@ def load_bayesian(
             raise FormatError(f"{folder / CONFIG_FILE}: {error}") from error
     conformal = _conformal(config["conformal"], state, folder)
     model = _network(origin, base_model, config["weights"] == "full", trust_remote_code, folder)
-    if config["weights"] == "full" and not isinstance(base_model, nn.Module):
+    if not isinstance(base_model, nn.Module):
         _take_dtypes(model, state)
     bnn = _convert(model, config, state, folder)
     bnn.origin = origin if not isinstance(base_model, (str, Path)) else replace(origin, id=located(base_model))

@@ -150,7 +150,13 @@ def _build_transformers(origin: Origin, pretrained: bool, trust_remote_code: boo
     cls = getattr(transformers, origin.architecture or "", None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         if trust_remote_code and origin.id:
-            return load_base(origin.id, revision=origin.revision, trust_remote_code=True, pretrained=pretrained).model
+            return load_base(
+                origin.id,
+                label_names=_labels(origin.config or {}),
+                revision=origin.revision,
+                trust_remote_code=True,
+                pretrained=pretrained,
+            ).model
         raise FormatError(f"base_model.architecture {origin.architecture!r} is no model class of transformers.")
     try:
         values = dict(origin.config or {})
@@ -170,6 +176,12 @@ def _build_transformers(origin: Origin, pretrained: bool, trust_remote_code: boo
             ).eval()
         except Exception as error:
             raise not_downloaded(str(origin.id), error) from error
+
+
+def _labels(config: Mapping[str, Any]) -> list[str] | None:
+    """The names of the classes in a transformers config."""
+    names = config.get("id2label") or {}
+    return [names[number] for number in sorted(names, key=int)] or None
 
 
 def _timm_config(model: nn.Module) -> Mapping[str, Any] | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bayesify.errors import BayesifyError
-from bayesify.files import CONFIG_FILE
+from bayesify.files import CONFIG_FILE, TOKENIZER_FILES
 from bayesify.hub.load import read_config
 from bayesify.hub.origin import origin_of
 from bayesify.hub.save import save_pretrained
@@ -15,7 +15,7 @@ from bayesify.hub.save import save_pretrained
 if TYPE_CHECKING:
     from bayesify.model import BayesianModel
 
-_UPLOADED = ["*.json", "*.safetensors", "*.md", "*.png", "*.txt", "*.model"]
+_UPLOADED = ["*.json", "*.safetensors", "*.md", "*.png", *TOKENIZER_FILES]
 
 
 def push_to_hub(

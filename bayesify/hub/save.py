@@ -71,6 +71,7 @@ def save_pretrained(
         config["fused"] = dict(fused)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{SAVING}{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process: in a container, numbers repeat
     temporary.mkdir()
     try:
         save_file(kept, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -84,8 +85,12 @@ def save_pretrained(
         # The config goes last, and that of an earlier save first: a reader that finds one finds what belongs to it.
         (folder / CONFIG_FILE).unlink(missing_ok=True)
         for path in sorted(temporary.iterdir(), key=lambda p: p.name == CONFIG_FILE):
-            path.chmod(_READABLE & ~_umask())
-            os.replace(path, folder / path.name)
+            target = folder / path.name
+            if path.is_dir():  # some tokenizers have a folder of templates
+                shutil.rmtree(target, ignore_errors=True)
+            else:
+                path.chmod(_READABLE & ~_umask())
+            os.replace(path, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

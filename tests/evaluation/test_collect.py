@@ -171,6 +171,38 @@ def test_data_that_do_not_fit(case: tuple[Predictive, Tensor], batches: list[Any
         collect(FakeBayesian(case[0].outputs), batches, progress=False)
 
 
+class Tokens(nn.Module):
+    """Logits [B, T, C] of each token by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 3)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.table(input_ids)
+
+
+def test_texts_of_different_lengths() -> None:
+    torch.manual_seed(0)
+    model, ids = Tokens(), torch.randint(7, (4, 6))
+    labels = torch.randint(3, (4, 6))
+    labels[:2, 4:] = -100
+    whole, targets = collect(model, [{"input_ids": ids, "labels": labels}], progress=False)
+    short = {"input_ids": ids[:2, :4], "labels": labels[:2, :4]}
+    for batches in ([short, {"input_ids": ids[2:], "labels": labels[2:]}],):
+        predictive, padded = collect(model, batches, progress=False)
+        assert torch.equal(padded, targets)
+        assert torch.equal(predictive.nll(padded), whole.nll(targets))
+        assert torch.equal(predictive.outputs[:, :, 2:], whole.outputs[:, :, 2:])
+    with pytest.raises(DataError, match=r"batch 1 has outputs of shape \(6, 3\).*Give labels, or texts padded"):
+        collect(model, [{"input_ids": ids[:2, :4]}, {"input_ids": ids[2:]}], progress=False)
+
+
+def test_outputs_of_different_sizes() -> None:
+    with pytest.raises(DataError, match=r"batch 1 has outputs of shape \(5,\).*the first \(4,\). Give inputs of one"):
+        collect(nn.Identity(), [torch.zeros(2, 4), torch.zeros(2, 5)], progress=False)
+
+
 @pytest.mark.parametrize("output", [(torch.zeros(2, 3),), {"out": torch.zeros(2, 3)}, torch.zeros(2)])
 def test_outputs_that_are_no_logits(output: Any) -> None:
     class Odd(nn.Module):

@@ -201,6 +201,10 @@ def test_annealing_may_end_below_one() -> None:
         ({"norms_and_biases": "no"}, "norms_and_biases must be True or False"),
         ({"workers": 1.5}, "workers must be an integer"),
         ({"train_samples": 0}, "train_samples must be a positive integer"),
+        ({"seed": -1}, "seed must be an integer from 0"),
+        ({"seed": 2**31}, "seed must be an integer from 0"),
+        ({"seed": 0.5}, "seed must be an integer from 0"),
+        ({"trackers": ("paper",)}, "trackers='paper' is unknown; expected some of .*tensorboard"),
     ],
     ids=lambda value: str(value)[:30],
 )

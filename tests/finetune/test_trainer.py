@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from bayesify import BayesianModel, ConfigError, DataError, FormatError, TrainingError, bayesify
 from bayesify.finetune import FineTuneConfig, FineTuner, FineTuneResult
 from bayesify.finetune.batches import RankBatches
-from bayesify.finetune.groups import parameter_groups, select_trained
+from bayesify.finetune.checkpoint import load_checkpoint, save_checkpoint
+from bayesify.finetune.groups import make_optimizer, parameter_groups, select_trained
 
 N, D, C = 24, 6, 3
 
@@ -511,6 +512,36 @@ def test_resuming_after_a_crash_between_the_two_moves_of_a_save(tmp_path: Path) 
     assert same(state_of(resumed), state_of(bnn))
 
 
+def test_a_save_after_such_a_crash_keeps_the_only_checkpoint_until_it_has_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bnn = network()
+    tune(bnn, tmp_path, steps=2)
+    (tmp_path / "checkpoint").rename(tmp_path / ".checkpoint.old")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path / "checkpoint", bnn, make_optimizer(bnn, FineTuneConfig()), {}, {})
+    assert (tmp_path / ".checkpoint.old" / "checkpoint.json").is_file()
+
+
+def test_a_resumed_run_holds_no_file_of_its_checkpoint(tmp_path: Path) -> None:
+    validation = data(8, seed=2)
+    tune(network(), tmp_path, validation=validation, steps=2)
+    config = FineTuneConfig(epochs=2, steps=2, batch_size=4)
+    tuner = FineTuner(network(), data(), validation, config, output=tmp_path)
+    optimizer = make_optimizer(tuner.model, config)
+    _, best = load_checkpoint(tuner.checkpoint, tuner.model, optimizer, tuner._run())
+    assert best
+    assert optimizer.state
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(tmp_path) not in maps.read_text()
+
+
 # ------------------------------------------------------------------------------------------------ data that do not fit
 
 
@@ -652,6 +683,23 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     losses = [row["loss"] - row["nll"] for row in one if "loss" in row]
     assert losses[0] == pytest.approx(one[0]["kl"] / 16, rel=1e-5), "the KL counts once"
     assert one[0]["kl"] > 100
+
+
+def the_first_alone_resumes(folder: Path) -> None:
+    """As on machines without a common file system."""
+    tune(network(), folder / "0", steps=2, epochs=None)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        tune(network(), folder / str(rank), steps=2, epochs=None, resume=rank == 0)
+    except FormatError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+
+
+def test_processes_that_would_go_on_from_different_steps(tmp_path: Path) -> None:
+    alone, together = alone_and_together(the_first_alone_resumes, tmp_path)
+    assert not (alone / "0.txt").exists()
+    for rank in (0, 1):
+        assert "from different steps ([2, 0])" in (together / f"{rank}.txt").read_text()
 
 
 def test_resuming_with_other_options_is_refused(tmp_path: Path) -> None:

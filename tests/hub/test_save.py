@@ -128,6 +128,91 @@ def test_a_new_head_is_saved_whatever_the_seed(tmp_path):
     assert "fc.weight" in load_file(tmp_path / "out" / WEIGHTS)
 
 
+def test_a_base_in_halves_that_was_trained_in_full(tmp_path):
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
+    )
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).bfloat16().save_pretrained(tmp_path / "base")
+    base = load_base(tmp_path / "base")
+    bnn = bayesify(base.model, members=2)
+    bnn.origin = origin_of(bnn.model, base)
+    bnn = changed(bnn, tokens())
+    bnn.save_pretrained(tmp_path / "out")
+    again = from_pretrained(tmp_path / "out")
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+    assert torch.equal(outputs(again, tokens()), outputs(bnn, tokens()))
+
+
+OWN_CODE = """
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own"
+
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words, self.inner = nn.Embedding(50, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, config.num_labels)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return SequenceClassifierOutput(logits=self.head(self.inner(self.words(input_ids)).relu().mean(1)))
+"""
+
+
+def test_a_base_with_code_of_its_own_and_a_new_head(tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "modeling_own.py").write_text(OWN_CODE)
+    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForSequenceClassification": "modeling_own.OwnModel"}
+    config = {"model_type": "own", "architectures": ["OwnModel"], "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(config))
+    sizes = {"words.weight": (50, 8), "inner.weight": (8, 8), "head.weight": (2, 8)}
+    state = {name: torch.randn(size, generator=torch.Generator().manual_seed(0)) for name, size in sizes.items()}
+    state |= {"inner.bias": torch.zeros(8), "head.bias": torch.zeros(2)}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    base = load_base(folder, label_names=["a", "b", "c"], trust_remote_code=True)
+    bnn = bayesify(base.model, members=2)
+    bnn.origin, bnn.label_names = origin_of(bnn.model, base), base.label_names
+    bnn = changed(bnn, tokens())
+    bnn.save_pretrained(tmp_path / "out")
+    again = from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert torch.equal(outputs(again, tokens()), outputs(bnn, tokens()))
+    assert again.label_names == ["a", "b", "c"]
+
+
+def test_what_a_tokenizer_writes_is_saved_pushed_and_saved_again(hub, tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    from bayesify.data import TextPreprocessing
+
+    words = Tokenizer(WordLevel({"a": 0, "[UNK]": 1, "[PAD]": 2}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    tokenizer.chat_template = {"default": "{{ messages }}", "rag": "{{ messages }}x"}
+    bnn = bayesify(plain(), members=2)
+    bnn.preprocessing = TextPreprocessing(tokenizer)
+    for temperature in (1.0, 2.0):
+        bnn.temperature = temperature
+        bnn.save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path, base_model=plain())
+    assert again.temperature == 2.0
+    assert again.preprocessing.tokenizer.chat_template == tokenizer.chat_template
+    push_folder(tmp_path, "me/model")
+    assert {"chat_template.jinja", "additional_chat_templates/rag.jinja"} <= hub[0][1]
+
+
 def test_tied_weights_stay_tied(tmp_path):
     torch.manual_seed(0)
     GPT2LMHeadModel(
@@ -235,7 +320,8 @@ def test_a_killed_save_is_no_model_and_can_be_repeated(tmp_path, monkeypatch):
     with pytest.raises(FormatError, match=f"{CONFIG}: not found"):
         from_pretrained(tmp_path / "out")
     (tmp_path / "first" / ".saving-1").mkdir(parents=True)
-    for folder in ("out", "first"):
+    (tmp_path / "again" / f".saving-{os.getpid()}" / "half").mkdir(parents=True)  # in a container, numbers repeat
+    for folder in ("out", "first", "again"):
         bnn.save_pretrained(tmp_path / folder)
         assert from_pretrained(tmp_path / folder).temperature == 3.0
 
