@@ -215,6 +215,17 @@ class BayesianModel(nn.Module):
         """Not supported: the factors of the head would be lost."""
         raise BayesifyError("token embeddings are resized before the conversion: call unload(), resize, convert anew.")
 
+    def reset_classifier(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported: the factors of the head would be lost."""
+        raise BayesifyError("a head is changed before the conversion: call unload(), reset_classifier, convert anew.")
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that an optimizer is not to decay, as timm asks for them: factors, and the network's."""
+        own: Callable[[], set[str]] = getattr(self.model, "no_weight_decay", set)
+        slow = {id(parameter) for _, parameter in self.slow_parameters()}
+        added = {name for name, parameter in self.named_parameters() if id(parameter) not in slow}
+        return added | {f"model.{name}" for name in own()}
+
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **options: Any) -> Generation:
         """Text from the predictive, with the doubt of every token; see `bayesify.generation.generate`."""
         from bayesify.generation import generate

@@ -11,7 +11,7 @@ from torch import Tensor
 from bayesify.batch import Rows, loss_of
 from bayesify.errors import ConfigError, DataError
 from bayesify.model import BayesianModel
-from bayesify.tasks import TASKS, TaskName, check_guess, log_mean_exp, resolve_task
+from bayesify.tasks import TASKS, Regression, TaskName, check_guess, log_mean_exp, resolve_task
 
 Likelihood = Literal["average", "mixture"]
 
@@ -129,6 +129,10 @@ def task_nll(
     reading = TASKS[resolve_task(outputs, task)]
     rows = reading.arranged(outputs).unflatten(0, (members, -1))
     rows = reading.fitted(rows, targets)
-    log_prob = reading.log_prob(rows, targets)
-    mixed = log_prob.mean(0) if likelihood == "average" else log_mean_exp(log_prob)
+    if likelihood == "average":
+        mixed = reading.log_prob(rows, targets).mean(0)
+    elif isinstance(reading, Regression):  # whose predictive is that of the mean: here each member is a normal
+        mixed = log_mean_exp(reading.log_prob(rows, targets))
+    else:
+        mixed = reading.mixture_log_prob(rows, targets)
     return -mixed.sum() / reading.count(targets).to(mixed.device)

@@ -177,7 +177,7 @@ class Passes:
                 f"the network gave {len(main)} rows for {run.batch} examples and {count} members. The batch must be "
                 "the first dimension of its inputs and outputs."
             )
-        return main.unflatten(0, (count, -1))
+        return main.unflatten(0, (count, len(main) // count))
 
     # -------------------------------------------------------------------------------------------- looking
 

@@ -61,7 +61,7 @@ class Strategies:
 
     def of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Strategy:
         """The strategy for these inputs; looked for, where such inputs are new, on shapes alone."""
-        if not are_plain((args, dict(kwargs))):
+        if not are_plain((args, dict(kwargs))) or not _elements((args, dict(kwargs))):
             return Strategy()
         kind = (_kind(args), *((name, _kind(value)) for name, value in sorted(kwargs.items())))
         if kind not in self._known:
@@ -80,7 +80,7 @@ def _kind(value: Any) -> Any:
 def _elements(inputs: Any) -> int:
     found: list[int] = []
     map_tensors(inputs, lambda t: found.append(t.numel()) if isinstance(t, Tensor) else None)
-    return max(sum(found), 1)
+    return sum(found)
 
 
 def _look(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Strategy:

@@ -54,7 +54,11 @@ class Task:
 
 
 class Classification(Task):
-    """Logits with the classes last, [B, C] or [B, T, C] for tokens; integer targets [B] or [B, T]."""
+    """Logits with the classes last, [B, C] or [B, T, C] for tokens; integer targets [B] or [B, T].
+
+    Or probabilities [B, C] as targets, as mixup and label smoothing make them: then the log-likelihood is its mean
+    under them, Σ t_c log p_c.
+    """
 
     class_dim = -1
 
@@ -63,6 +67,9 @@ class Classification(Task):
         return log_mean_exp(outputs.float().log_softmax(self.class_dim))
 
     def fitted(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if targets.is_floating_point() and targets.shape == outputs.shape[1:] and outputs.dim() == 3:
+            _check_probabilities(targets)
+            return outputs
         outputs = resized(outputs, targets)
         if targets.shape != outputs.shape[1:-1] or targets.is_floating_point():
             raise DataError(
@@ -73,10 +80,20 @@ class Classification(Task):
         return outputs
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if targets.is_floating_point():
+            return (outputs.float().log_softmax(-1) * targets.to(outputs.device)).sum(-1)
         targets = targets.to(outputs.device, torch.int64)
         index = targets.clamp_min(0).expand(outputs.shape[:-1]).unsqueeze(-1)
         chosen = outputs.float().log_softmax(-1).gather(-1, index).squeeze(-1)
         return chosen.masked_fill(targets == IGNORED, 0.0)
+
+    def mixture_log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if targets.is_floating_point():
+            return (log_mean_exp(outputs.float().log_softmax(-1)) * targets.to(outputs.device)).sum(-1)
+        return super().mixture_log_prob(outputs, targets)
+
+    def count(self, targets: Tensor) -> Tensor:
+        return torch.tensor(max(1, len(targets))) if targets.is_floating_point() else super().count(targets)
 
 
 class Segmentation(Classification):
@@ -278,6 +295,14 @@ def check_labels(targets: Tensor, num_classes: int) -> None:
         raise DataError(
             f"label {low if low < 0 else high} is out of range: the model has {num_classes} classes "
             f"(0 to {num_classes - 1}). Check the label column, or give the model a head of the right size."
+        )
+
+
+def _check_probabilities(targets: Tensor) -> None:
+    if bool((targets < 0).any()) or bool(((targets.float().sum(-1) - 1).abs() > 0.01).any()):
+        raise DataError(
+            "real targets of the shape of the logits are probabilities of the classes: not negative, and 1 in sum. "
+            "Give integer classes, or task='regression' for values and 'multilabel' for labels that are 0 or 1."
         )
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from models import CASES, Case, tensor
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -394,6 +396,34 @@ def test_other_attributes_are_the_networks() -> None:
     assert bnn.config.members == 2
     with pytest.raises(AttributeError, match="no_such_thing"):
         bnn.no_such_thing  # noqa: B018
+
+
+def test_optimizers_of_timm_leave_factors_and_what_the_network_names_undecayed() -> None:
+    bnn = bayesify(timm.create_model("test_vit", num_classes=5, img_size=32), members=2, member_bias=True)
+    names = {id(parameter): name for name, parameter in bnn.named_parameters()}
+    for group in create_optimizer_v2(bnn, "adamw", lr=0.1, weight_decay=0.5).param_groups:
+        found = {names[id(parameter)] for parameter in group["params"]}
+        if group["weight_decay"]:
+            assert found
+            assert not any(".rank1." in name or "pos_embed" in name for name in found)
+        else:
+            assert "model.pos_embed" in found
+
+
+def test_a_head_is_changed_before_the_conversion() -> None:
+    bnn = bayesify(timm.create_model("test_resnet", num_classes=5), members=2)
+    with pytest.raises(BayesifyError, match="call unload"):
+        bnn.reset_classifier(3)
+    assert bnn.model.num_classes == 5
+
+
+def test_a_batch_of_no_examples() -> None:
+    bnn = bayesify(timm.create_model("test_resnet", num_classes=5), members=2).eval()
+    x = torch.randn(3, 3, 32, 32)
+    assert bnn.predict(x[:0]).outputs.shape == (2, 1, 0, 5)
+    assert bnn(x[:0]).shape == (0, 5)
+    assert bnn.predict(x, samples=2).outputs.shape == (2, 2, 3, 5)
+    assert bnn.passes.strategies.of((x,), {}).workload is not None
 
 
 def test_copying_does_not_fall_through_to_the_network() -> None:

@@ -31,6 +31,44 @@ def rows_of(bnn: BayesianModel, x: Tensor) -> Tensor:
     return torch.stack([bnn.merge(k).eval()(x) for k in range(K)]).detach()
 
 
+# ------------------------------------------------------------------------------------------------ soft labels
+
+
+def test_probabilities_as_labels() -> None:
+    """As mixup makes them: the mean log-likelihood under them."""
+    bnn, x = network(5, "classification").train(), torch.randn(B, 6)
+    soft = torch.rand(B, 5).softmax(-1)
+    rows = bnn(x).detach()
+    by_member = torch.stack([-F.cross_entropy(one, soft, reduction="none") for one in rows.view(K, B, 5)])
+    torch.testing.assert_close(ELBO(bnn, 9)(rows, soft).nll, -by_member.mean())
+    mixed = -(rows.view(K, B, 5).softmax(-1).mean(0).log() * soft).sum(-1).mean()
+    torch.testing.assert_close(ELBO(bnn, 9, likelihood="mixture")(rows, soft).nll, mixed)
+    found = bnn.eval().predict(x)
+    torch.testing.assert_close(found.nll(soft), -(found.probs.log() * soft).sum(-1).mean())
+    hard = torch.randint(5, (B,))
+    one_hot = F.one_hot(hard, 5).float()
+    torch.testing.assert_close(found.log_prob(one_hot), found.log_prob(hard))
+    for wrong in (torch.randn(B, 5), one_hot * 2, -one_hot):
+        with pytest.raises(DataError, match="not negative, and 1 in sum"):
+            found.nll(wrong)
+
+
+def test_training_on_probabilities_is_training_on_classes_where_they_are_certain() -> None:
+    x, hard = torch.randn(16, 6), torch.randint(5, (16,))
+    states = []
+    for labels in (hard, F.one_hot(hard, 5).float()):
+        bnn = network(5, "classification")
+        data = TensorDataset(x, labels)
+        config = FineTuneConfig(steps=3, batch_size=8)
+        result = FineTuner(bnn, data, data, config, progress=False).fit()
+        states.append((result.best_nll, [p.detach().clone() for p in bnn.parameters()]))
+    assert states[0][0] == pytest.approx(states[1][0], rel=1e-5)
+    for one, other in zip(states[0][1], states[1][1], strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(DataError, match="batch 0 has probabilities as labels"):
+        evaluate(bnn, [(x, F.one_hot(hard, 5).float())])
+
+
 # ------------------------------------------------------------------------------------------------ several labels
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 FREE_RANKS = 5
 """Classes that a set may hold before each further one is penalized."""
+_ROUNDING = 1e-6
+"""Differences of scores that are only how the same probabilities were computed."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Conformal:
         rank = math.ceil((count + 1) * (1 - alpha) - 1e-9)
         if rank > count:
             return torch.ones_like(probs, dtype=torch.bool)  # too few examples to leave anything out
-        kept = (conformity(probs, self.penalty) <= self.scores[rank - 1].cpu()).to(probs.device)
+        kept = (conformity(probs, self.penalty) <= self.scores[rank - 1].cpu() + _ROUNDING).to(probs.device)
         return kept.scatter(-1, probs.argmax(-1, keepdim=True), True)
 
 
@@ -60,7 +62,8 @@ def conformity(probs: Tensor, penalty: float) -> Tensor:
     """[B, C] probability of a class and of all more probable ones, + penalty · (its rank − 5)₊; float64, on the CPU."""
     ordered, classes = probs.cpu().double().sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(1, probs.shape[-1] + 1)
-    scores = ordered.cumsum(-1) + penalty * (ranks - FREE_RANKS).clamp_min(0)
+    sums = ordered.cumsum(-1)
+    scores = sums / sums[..., -1:] + penalty * (ranks - FREE_RANKS).clamp_min(0)
     return torch.empty_like(scores).scatter_(-1, classes, scores)
 
 

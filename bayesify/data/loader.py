@@ -102,7 +102,18 @@ class PreparedDataset(TorchDataset):
                 return self._transform(value), label
         except Exception as error:  # decoders raise whatever the broken bytes lead to
             reason = str(error) if isinstance(error, BayesifyError) else f"{type(error).__name__}: {error}"
-            raise DataError(f"row {index}: column {self.input_column!r} cannot be read: {reason}") from error
+            raise DataError(f"{self._place(index)}: column {self.input_column!r} cannot be read: {reason}") from error
+
+    def _place(self, index: int) -> str:
+        """A row in words, with its file if it has one."""
+        import datasets
+
+        features = getattr(self.dataset, "features", None) or {}
+        if not isinstance(features.get(self.input_column), datasets.Image):
+            return f"row {index}"
+        encoded = self.dataset.cast_column(self.input_column, datasets.Image(decode=False))[index][self.input_column]
+        file = (encoded or {}).get("path")
+        return f"row {index}" if file is None else f"row {index} ({file})"
 
     def collate_fn(self, items: list[tuple[Any, int | None]]) -> Batch:
         """A batch as the model takes it: a tuple for timm, a dict for transformers; labels [B] if any."""

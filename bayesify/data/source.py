@@ -135,10 +135,24 @@ def _read_files(path: Path) -> dict[str, Dataset]:
             metadata = any(Path(file).stem == "metadata" for files in images.values() for file in files)
             flat = any(Path(file).parent == path for files in images.values() for file in files)
             drop = None if metadata else flat
+            if not metadata and not flat:
+                _check_depth(images)
             return dict(datasets.load_dataset("imagefolder", data_files=images, drop_labels=drop).items())  # type: ignore
         kind, files = tables
         # One call a split: columns may differ, as in unlabeled or out-of-distribution files.
         return {name: _read_table(kind, names) for name, names in files.items()}
+
+
+def _check_depth(images: dict[str, list[str]]) -> None:
+    """Raise `DataError` for a folder inside that of a class: its name would be taken for a class."""
+    for files in images.values():
+        top = min(len(Path(file).parts) for file in files)
+        deeper = next((file for file in files if len(Path(file).parts) > top), None)
+        if deeper is not None:
+            raise DataError(
+                f"{deeper} lies deeper than other images, in a folder inside that of a class. The class of an image is "
+                "the name of the folder that it is in: move it up."
+            )
 
 
 def _read_table(kind: str, files: list[str]) -> Dataset:

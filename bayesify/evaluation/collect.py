@@ -180,6 +180,8 @@ def _fitted(prediction: Predictive, target: Tensor, index: int) -> Predictive:
     """The prediction at its targets' resolution. Fails on the batch that is wrong, not after all have been run."""
     if target.dim() == 0 or len(target) != len(prediction):
         raise DataError(f"batch {index} has labels of shape {tuple(target.shape)} for {len(prediction)} examples.")
+    if prediction.task == "classification" and target.is_floating_point() and target.dim() == 2:
+        raise DataError(f"batch {index} has probabilities as labels; to measure predictions, give the classes.")
     return prediction.fitted(target)
 
 

@@ -302,7 +302,7 @@ class FineTuner:
         nll = -float(predictive.log_prob(labels).sum())
         if predictive.task != "classification":
             return [nll, count, 0.0, 0.0]
-        right = (predictive.probs.argmax(-1) == labels).sum()
+        right = (predictive.probs.argmax(-1) == (labels.argmax(-1) if labels.is_floating_point() else labels)).sum()
         return [nll, count, float(right), count]
 
     @property

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import bayesify
 from bayesify.errors import BayesifyError
@@ -19,6 +21,7 @@ from bayesify.files import CONFIG_FILE, SAVING, WEIGHTS_FILE, check_output
 from bayesify.graph import is_quantized
 from bayesify.hub.card import write_card
 from bayesify.hub.origin import Origin, build, origin_of
+from bayesify.layers import Rewritten, original_class
 
 if TYPE_CHECKING:
     from bayesify.model import BayesianModel
@@ -27,6 +30,7 @@ FORMAT_VERSION = 1
 SCORES = "conformal.scores"
 """Name of the scores of `fit_sets` among the weights."""
 _READABLE = 0o666
+_OF_TRAINING = re.compile(r"(, )?(inplace|momentum)=[^,]*")
 
 
 def save_pretrained(
@@ -39,6 +43,9 @@ def save_pretrained(
     with, it holds all slow weights (but not those in low-bit storage, which safetensors cannot hold: they are never
     trained, and the base model brings them). Files of an earlier save are replaced; the folder's other contents stay.
 
+    A network of timm or transformers that was changed after it was built, or built with arguments that JSON cannot
+    hold, is recorded as one of your own, with a warning.
+
     With `fused`, options of `BayesianModel.fuse`, `from_pretrained` fuses what it reads.
 
     Raises:
@@ -49,7 +56,15 @@ def save_pretrained(
     _check_sites(model)
     origin = model.origin or origin_of(model.model)
     state = _unshared({name: value for name, value in model.model.state_dict().items() if not is_quantized(value)})
-    base = None if full else _base_state(origin)
+    network = None if full else _base(origin)
+    if (name := _difference(model.model, network or _skeleton(origin))) is not None:
+        warnings.warn(
+            f"{name!r} is not what {origin.library} builds from the name and arguments on record, so the network is "
+            "saved as one of your own, with all weights: to load it, build it and give it as base_model=.",
+            stacklevel=2,
+        )
+        origin, network = Origin(library="module", architecture=type(model.model).__name__), None
+    base = None if network is None else network.state_dict()
     kept = {name: value for name, value in state.items() if base is None or not _same(value, base.get(name))}
     config: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -112,16 +127,54 @@ def _umask() -> int:
     return mask
 
 
-def _base_state(origin: Origin) -> dict[str, Tensor] | None:
+def _base(origin: Origin) -> nn.Module | None:
+    """The base model anew, with its weights; `None` where it is not to be had."""
     if origin.id is None or origin.library == "module":
         return None
     try:
         with torch.random.fork_rng(devices=[]):
             # A new head must differ from this one even if it was made under the same seed.
             torch.default_generator.seed()
-            return build(origin, pretrained=True).state_dict()
+            return build(origin, pretrained=True)
     except BayesifyError:
-        return None  # not to be had here: then all weights are written
+        return None  # then all weights are written
+
+
+def _skeleton(origin: Origin) -> nn.Module | None:
+    """The base model anew, without weights; `None` where that cannot be built so."""
+    if origin.library == "module":
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return build(origin, pretrained=False)
+    except Exception:  # code that looks at values fails in its own way
+        return None
+
+
+def _difference(network: nn.Module, base: nn.Module | None) -> str | None:
+    """The first layer or weight in which a converted network is not its base model built anew."""
+    if base is None or any(map(is_quantized, network.state_dict().values())):
+        return None
+    layers, state = dict(network.named_modules()), network.state_dict()
+    for name, layer in base.named_modules():
+        if name and (name not in layers or not _alike(layers[name], layer)):
+            return name
+    shapes = ((name, value.shape) for name, value in base.state_dict().items())
+    return next((name for name, shape in shapes if name not in state or state[name].shape != shape), None)
+
+
+def _alike(layer: nn.Module, base: nn.Module) -> bool:
+    """Whether a layer computes in evaluation what that of the base model does, as far as class and settings tell."""
+    rewritten = isinstance(layer, Rewritten)
+    cls = original_class(type(layer)) if rewritten else type(layer)
+    if isinstance(layer, nn.SyncBatchNorm) or cls.__module__.startswith("bayesify."):
+        return True
+    if (cls.__module__, cls.__qualname__) != (type(base).__module__, type(base).__qualname__):
+        return False
+    if rewritten or "Drop" in cls.__name__ or next(base.children(), None) is not None:
+        return True
+    found, expected = (_OF_TRAINING.sub("", one.extra_repr()) for one in (layer, base))
+    return found == expected
 
 
 def _same(value: Tensor, other: Tensor | None) -> bool:

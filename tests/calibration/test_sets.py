@@ -80,6 +80,20 @@ def test_the_true_class_is_covered(alpha: float) -> None:
         assert mean <= 1 - alpha + 0.06
 
 
+def test_rounding_does_not_decide() -> None:
+    """Of few classes most thresholds are a sum of all: one, but for the last digit."""
+    probs = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    other = probs * (1 + 6e-8 * torch.randn(200, 3, generator=torch.Generator().manual_seed(1)))
+    assert not torch.equal(probs, other)
+    labels = probs.argsort(-1)[:, 0]  # always the least probable
+    scores = conformity(probs, 0.01).gather(-1, labels[:, None]).squeeze(-1)
+    assert (scores == 1.0).all()
+    for alpha in (0.05, 0.1, 0.5):
+        sets = [Conformal(scores.sort().values, 0.01, None).sets(p, alpha) for p in (probs, other)]
+        assert torch.equal(*sets)
+        assert sets[0].all()
+
+
 def test_of_a_model() -> None:
     bnn, (x, y) = converted(), data(500)
     fitted = bnn.fit_sets([(x[:250], y[:250]), (x[250:], y[250:])], penalty=0.02)

@@ -168,7 +168,7 @@ def test_bad_rows_are_named():
     cells[4] = None
     broken = datasets.Dataset.from_dict({"image": cells}).cast_column("image", datasets.Image())
     prepared = PreparedDataset(broken, PREPROCESSING, "image")
-    with pytest.raises(DataError, match="row 3: column 'image' cannot be read"):
+    with pytest.raises(DataError, match=r"row 3 \(broken.png\): column 'image' cannot be read"):
         prepared[3]
     with pytest.raises(DataError, match="row 4: column 'image' cannot be read: the value is missing"):
         prepared[4]

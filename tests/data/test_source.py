@@ -55,6 +55,16 @@ def test_image_folder_without_splits_may_have_a_class_called_test(tmp_path):
     assert Counter(splits.get("train")["label"]) == {0: 2, 1: 2}
 
 
+@pytest.mark.parametrize("root", ["", "train/"])
+def test_a_folder_inside_that_of_a_class_is_no_class(tmp_path, root):
+    for name in ("cat/1.png", "dog/2.png", "dog/more/3.png"):
+        file = tmp_path / f"{root}{name}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(file)
+    with pytest.raises(DataError, match=r"dog/more/3.png lies deeper than other images"):
+        load_data(tmp_path)
+
+
 def test_unlabeled_images(tmp_path):
     for i in range(3):
         Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")

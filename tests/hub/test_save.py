@@ -270,6 +270,62 @@ def test_arguments_of_timm_are_kept(tmp_path):
         assert torch.equal(outputs(from_pretrained(tmp_path / "out"), images()), outputs(bnn, images()))
 
 
+def smoother(model):
+    model.act1 = nn.SiLU()
+
+
+def another_head(model):
+    model.fc = nn.Linear(model.fc.in_features, 4)
+
+
+def longer_head(model):
+    model.fc = nn.Sequential(nn.Dropout(0.1), nn.Linear(model.fc.in_features, 3))
+
+
+def pooled_otherwise(model):
+    model.reset_classifier(3, global_pool="max")
+
+
+def shorter(model):
+    model.layer4 = nn.Identity()
+    model.fc = nn.Linear(model.layer3[-1].conv3.out_channels, 3)
+
+
+@pytest.mark.parametrize("change", [smoother, another_head, longer_head, pooled_otherwise, shorter, "argument"])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("based", [False, True], ids=["name", "folder"])
+def test_a_network_that_was_changed_is_one_of_your_own(change, full, based, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        options = {"act_layer": nn.SiLU} if change == "argument" else {}
+        if based and change != "argument":
+            model = timm_model(tmp_path / "base").model
+        else:
+            model = timm.create_model("test_resnet", num_classes=5, **options)
+        if change != "argument":
+            change(model)
+        return model.eval()
+
+    bnn = changed(bayesify(build(), members=2), images())
+    with pytest.warns(UserWarning, match="saved as one of your own, with all weights"):
+        bnn.save_pretrained(tmp_path / "out", full=full)
+    with pytest.raises(BayesifyError, match="pass it as base_model="):
+        from_pretrained(tmp_path / "out")
+    again = from_pretrained(tmp_path / "out", base_model=build())
+    assert torch.equal(outputs(again, images()), outputs(bnn, images()))
+
+
+def test_a_transformers_network_that_was_changed_is_one_of_your_own(tmp_path):
+    bnn = bayesify(bert(tmp_path / "base").model, members=2)
+    bnn.model.dropout.p = 0.3  # of training: no difference
+    bnn.save_pretrained(tmp_path / "out")
+    assert from_pretrained(tmp_path / "out").model.config.model_type == "bert"
+    other = bert(tmp_path / "base").model
+    other.classifier = nn.Linear(16, 4)
+    with pytest.warns(UserWarning, match=r"'classifier\.weight' is not what transformers builds"):
+        bayesify(other, members=2).save_pretrained(tmp_path / "out")
+
+
 def test_a_relative_base_folder_is_found_from_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     timm_model("base")
