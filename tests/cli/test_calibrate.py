@@ -59,7 +59,8 @@ def test_base_model_becomes_members_around_it(base: Path, images: Path, tmp_path
     (row,) = json.loads(result.output)
     assert row["classes"][0]["class"] in row["set"]
     assert set(row["set"]) <= set(CLASSES)
-    assert ", ".join(row["set"]) in run("predict", folder, path, "--alpha", 0.2).output
+    shown = run("predict", folder, path, "--alpha", 0.2).output  # a narrow table breaks the list
+    assert all(name in shown for name in row["set"])
 
 
 def test_trained_members_keep_their_factors(trained: Path, images: Path, tmp_path: Path) -> None:
