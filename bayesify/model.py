@@ -294,7 +294,7 @@ class BayesianModel(nn.Module):
         """Set the temperature that gives the predictive the lowest NLL on validation data, and return it.
 
         It divides the logits of every member and sample, so that members, mixture and mutual information stay one
-        whole; `save_pretrained` keeps it. Sets that were fitted before are dropped.
+        whole; `save_pretrained` keeps it, `state_dict` does not. Sets that were fitted before are dropped.
 
         Args:
             loader: labeled batches as `evaluate` takes them, of data that the model was not trained on.

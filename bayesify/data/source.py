@@ -194,7 +194,7 @@ def _only(splits: dict[str, Dataset], spec: str) -> dict[str, Dataset]:
     match = _SPLIT.fullmatch(spec.strip())
     name = canonical_split(match["name"]) if match else spec
     if name not in splits:
-        raise DataError(f"the data set has no split {spec!r}; its splits: {', '.join(splits)}.")
+        raise DataError(f"the data set has no split {spec!r}; its splits: {', '.join(splits)}. Choose one of them.")
     data = splits[name]
     if match and match["slice"]:
         try:

@@ -54,7 +54,7 @@ class Splits:
         for key in (name, canonical_split(name)):
             if key in found:
                 return found[key]
-        raise DataError(f"the data set has no split {name!r}; its splits: {', '.join(found)}.")
+        raise DataError(f"the data set has no split {name!r}; its splits: {', '.join(found)}. Choose one of them.")
 
     def split_validation(self, fraction: float = 0.1, seed: int = 0) -> Splits:
         """These splits, with a share of `train` held out for validation if there is no validation split yet.
