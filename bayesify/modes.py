@@ -51,53 +51,43 @@ def full_float32() -> Iterator[None]:
 
     GPUs, and CPUs if asked to, may round what they multiply to fewer digits; cuDNN's convolutions do by default.
     """
-    restore = _take_all_digits()
+    changes = _settings_that_round()
     try:
+        for put, full, _ in changes:
+            put(full)
         yield
     finally:
-        restore()
+        for put, _, before in changes:
+            put(before)
 
 
-def _take_all_digits() -> Callable[[], None]:
-    """Change torch's settings; returns what changes them back."""
+def _settings_that_round() -> list[tuple[Callable[[Any], None], Any, Any]]:
+    """(what sets it, its value for all digits, its value now) of torch's settings."""
     backends: Any = torch.backends
     try:
         matmul, rounds = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
     except RuntimeError:  # they were made in torch's newer way, which is not to be mixed with the older
         holders = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
         holders += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
-        before = [holder.fp32_precision for holder in holders]
-        for holder in holders:
-            holder.fp32_precision = "ieee"
-
-        def restore() -> None:
-            for holder, value in zip(holders, before, strict=True):
-                holder.fp32_precision = value
-    else:
-
-        def set_to(precision: str, tf32: bool) -> None:
-            if matmul != "highest":
-                torch.set_float32_matmul_precision(precision)
-            if rounds:
-                backends.cudnn.allow_tf32 = tf32
-
-        set_to("highest", False)
-        restore = partial(set_to, matmul, True)
-    return restore
+        return [(partial(setattr, holder, "fp32_precision"), "ieee", holder.fp32_precision) for holder in holders]
+    changes: list[tuple[Callable[[Any], None], Any, Any]] = []
+    if matmul != "highest":
+        changes.append((torch.set_float32_matmul_precision, "highest", matmul))
+    if rounds:
+        changes.append((partial(setattr, backends.cudnn, "allow_tf32"), False, True))
+    return changes
 
 
 @contextmanager
 def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
     """Recurrent layers in evaluation mode have gradients inside: cuDNN's have none, torch's own have."""
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     enabled = torch.backends.cudnn.enabled
     try:
-        if recurrent:
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             torch.backends.cudnn.enabled = False
         yield
     finally:
-        if recurrent:
-            torch.backends.cudnn.enabled = enabled
+        torch.backends.cudnn.enabled = enabled
 
 
 def start_training(model: nn.Module, *, freeze_batch_norm: bool = False) -> None:

@@ -61,11 +61,12 @@ class Strategies:
 
     def of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Strategy:
         """The strategy for these inputs; looked for, where such inputs are new, on shapes alone."""
-        if not are_plain((args, dict(kwargs))) or not _elements((args, dict(kwargs))):
+        inputs = (args, dict(kwargs))
+        if not are_plain(inputs) or not _elements(inputs):
             return Strategy()
         kind = (_kind(args), *((name, _kind(value)) for name, value in sorted(kwargs.items())))
         if kind not in self._known:
-            self._known[kind] = _look(self._model, args, dict(kwargs))
+            self._known[kind] = _look(self._model, *inputs)
         return self._known[kind]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -146,8 +147,8 @@ def _read_files(path: Path) -> dict[str, Dataset]:
 def _check_depth(images: dict[str, list[str]]) -> None:
     """Raise `DataError` for a folder inside that of a class: its name would be taken for a class."""
     for files in images.values():
-        top = min(len(Path(file).parts) for file in files)
-        deeper = next((file for file in files if len(Path(file).parts) > top), None)
+        top = min(file.count(os.sep) for file in files)  # of millions of files, perhaps
+        deeper = next((file for file in files if file.count(os.sep) > top), None)
         if deeper is not None:
             raise DataError(
                 f"{deeper} lies deeper than other images, in a folder inside that of a class. The class of an image is "

@@ -125,6 +125,8 @@ def _equally_long(predictions: list[Predictive], labels: list[Tensor]) -> tuple[
     """Outputs of tokens and their labels [B, T], padded to the longest by what does not count."""
     longest = max(prediction.outputs.shape[3] for prediction in predictions)
     missing = [longest - prediction.outputs.shape[3] for prediction in predictions]
+    if not any(missing):
+        return predictions, labels  # padding by nothing would copy them
     outputs = [F.pad(p.outputs, (0, 0, 0, more)) for p, more in zip(predictions, missing, strict=True)]
     padded = [F.pad(label, (0, more), value=IGNORED) for label, more in zip(labels, missing, strict=False)]
     return [replace(p, outputs=o) for p, o in zip(predictions, outputs, strict=True)], padded

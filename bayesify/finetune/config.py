@@ -129,10 +129,10 @@ class FineTuneConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer; found {value!r}.")
-        if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 0:
-            raise ConfigError(f"workers must be an integer and not negative; found {self.workers!r}.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
-            raise ConfigError(f"seed must be an integer from 0 to 2**31 - 1; found {self.seed!r}.")
+        check_number("workers", self.workers, "an integer and not negative", lambda v: isinstance(v, int) and v >= 0)
+        check_number(
+            "seed", self.seed, "an integer from 0 to 2**31 - 1", lambda v: isinstance(v, int) and 0 <= v < 2**31
+        )
         if unknown := sorted(set(self.trackers) - {tracker.value for tracker in LoggerType}):
             known = ", ".join(sorted(tracker.value for tracker in LoggerType))
             raise ConfigError(f"trackers={unknown[0]!r} is unknown; expected some of {known}.")

@@ -57,7 +57,7 @@ def save_pretrained(
     origin = model.origin or origin_of(model.model)
     state = _unshared({name: value for name, value in model.model.state_dict().items() if not is_quantized(value)})
     network = None if full else _base(origin)
-    if (name := _difference(model.model, network or _skeleton(origin))) is not None:
+    if (name := _difference(model.model, _skeleton(origin) if network is None else network)) is not None:
         warnings.warn(
             f"{name!r} is not what {origin.library} builds from the name and arguments on record, so the network is "
             "saved as one of your own, with all weights: to load it, build it and give it as base_model=.",
@@ -153,9 +153,9 @@ def _skeleton(origin: Origin) -> nn.Module | None:
 
 def _difference(network: nn.Module, base: nn.Module | None) -> str | None:
     """The first layer or weight in which a converted network is not its base model built anew."""
-    if base is None or any(map(is_quantized, network.state_dict().values())):
-        return None
     layers, state = dict(network.named_modules()), network.state_dict()
+    if base is None or any(map(is_quantized, state.values())):
+        return None
     for name, layer in base.named_modules():
         if name and (name not in layers or not _alike(layers[name], layer)):
             return name

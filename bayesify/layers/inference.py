@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from bayesify.layers.matmul import has_wider_onednn, linear
+from bayesify.layers.matmul import has_wider_onednn, is_plain, linear
 
 _LSTM = 2
 """torch's number of the kind of recurrence."""
@@ -60,13 +60,11 @@ class PackedLSTM(nn.LSTM):
         return (x.transpose(0, 1) if self.batch_first else x), final
 
     def _fits(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling() or self.proj_size or x.dim() != 3 or not x.numel():
+        weights = list(self.parameters())
+        if not is_plain(x, *weights) or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
             return False
-        tensors = [x, *self.parameters()]
-        if torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-            return False
-        plain = all(t.dtype == torch.float32 and t.device.type == "cpu" and not t.is_inference() for t in tensors[1:])
-        return plain and x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        # Whether inference tensors were changed cannot be told.
+        return not self.proj_size and x.dim() == 3 and x.numel() > 0 and not any(w.is_inference() for w in weights)
 
     def _packed(self) -> list[tuple[Tensor, ...]]:
         """(W_ih, W_hh, b_ih, b_hh) of each layer and direction, as the kernel wants them; packed when they changed."""

@@ -31,8 +31,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _for_onednn(*tensors: Tensor | None) -> bool:
-    """Whether a product of such tensors is oneDNN's: of plain float32 on a CPU, without gradients or a compiler."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not has_wider_onednn():
+    """Whether a product of such tensors is oneDNN's."""
+    return not torch.compiler.is_compiling() and has_wider_onednn() and is_plain(*tensors)
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are plain tensors of float32 on a CPU, and no gradients, compiler or transform follows them."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     given = [t for t in tensors if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
