@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesify.layers.linear import fold_matrix
-from bayesify.layers.product import DENSE
+from bayesify.layers.maps import DENSE
 from bayesify.layers.registry import Derived, Rank1Layer, rank1
 from bayesify.layers.site import Site
 

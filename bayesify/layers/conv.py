@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesify.errors import BayesifyError
-from bayesify.layers.product import Convolution
+from bayesify.layers.maps import Convolution
 from bayesify.layers.registry import Rank1Layer, rank1
 
 _PLAIN = (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayesify.layers.product import DENSE
+from bayesify.layers.maps import DENSE
 from bayesify.layers.registry import Rank1Layer, rank1
 
 

@@ -19,7 +19,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from bayesify.errors import BayesifyError, DataError, RowsError
 from bayesify.layers.linear import fold_matrix
-from bayesify.layers.product import DENSE, product, scratch
+from bayesify.layers.maps import DENSE
+from bayesify.layers.product import product, scratch
 from bayesify.layers.registry import Rank1Layer, bias_of, is_exact, original_class, rank1
 from bayesify.layers.scan import lstm, scan
 from bayesify.layers.site import AdditiveSite, Site, repeat_rows

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from bayesify.distributions import Factor
 from bayesify.errors import RowsError
+from bayesify.layers.maps import Map
 from bayesify.layers.members import MemberVector
-from bayesify.layers.product import Map, product
+from bayesify.layers.product import product
 
 
 class _Taken(threading.local):

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bayesify import bayesify
 from bayesify.layers import product as module
-from bayesify.layers.product import DENSE, Convolution, product
+from bayesify.layers.maps import DENSE, Convolution
+from bayesify.layers.product import product
 
 N = 12
 

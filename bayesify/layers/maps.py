@@ -1,0 +1,108 @@
+"""Linear maps with what a site needs of them: the map, a draw of its factors folded into the weight, gradients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bayesify.layers import matmul
+
+
+class Map(Protocol):
+    """A linear map and its gradients."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+    def folded(self, weight: Tensor, s: Tensor | None, r: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """W ∘ (r sᵀ) for s [in], r [out]; written to a tensor of the shape of W, if given."""
+        ...
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]: ...
+
+    def growth(self, weight: Tensor) -> float:
+        """Size of y over that of x, about."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """y = x Wᵀ for x [N, ..., in], W [out, in]."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return matmul.linear(x, weight, bias)
+
+    def folded(self, weight: Tensor, s: Tensor | None, r: Tensor | None, out: Tensor | None = None) -> Tensor:
+        return _multiplied(weight, s, None if r is None else r[:, None], out)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return (
+            matmul.linear(grad, weight.t()) if of_x else None,
+            # Not oneDNN's, which would copy both sides to transpose them.
+            grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,
+        )
+
+    def growth(self, weight: Tensor) -> float:
+        return weight.shape[0] / weight.shape[1]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution with zeros around its input, or a transposed one; x [N, in, ...]."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    output_padding: list[int]
+    groups: int
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # which knows the functions for layers, but on a CPU not this one
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return torch.convolution(
+            x, weight, bias, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
+        )
+
+    def folded(self, weight: Tensor, s: Tensor | None, r: Tensor | None, out: Tensor | None = None) -> Tensor:
+        first, second = (s, r) if self.transposed else (r, s)  # of the weight's dimensions, grouped by the first
+        taps = weight[0, 0].numel()
+        shape = (self.groups, -1, weight.shape[1] * taps)
+        if first is not None:
+            first = first.view(self.groups, -1, 1)
+        if second is not None:
+            second = second.view(self.groups, 1, -1, 1).expand(-1, -1, -1, taps).reshape(self.groups, 1, -1)
+        into = None if out is None else out.view(shape)
+        return _multiplied(weight.reshape(shape), second, first, into).view(weight.shape)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        of = [of_x, of_weight, False]
+        options = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups, of)
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *options)
+        return grad_x, grad_weight
+
+    def growth(self, weight: Tensor) -> float:
+        outputs, inputs = weight.shape[0], weight.shape[1] * self.groups
+        stride = math.prod(self.stride)
+        return inputs * stride / outputs if self.transposed else outputs / (inputs * stride)
+
+
+DENSE = Dense()
+
+
+def _multiplied(value: Tensor, one: Tensor | None, other: Tensor | None, out: Tensor | None) -> Tensor:
+    """value ∘ one ∘ other."""
+    if out is None:
+        return value * (1 if one is None else one) * (1 if other is None else other)
+    value = value if one is None else torch.mul(value, one, out=out)
+    return value if other is None else torch.mul(value, other, out=out)
