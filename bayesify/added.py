@@ -31,7 +31,7 @@ class Held(Added):
 
     def hold(self, value: Any) -> None:
         """Set what is in force; `None` ends it."""
-        self.held = value
+        self.__dict__["held"] = value  # no parameter and no module, as nn.Module would look up in every call
 
     def train(self, mode: bool = True) -> Held:
         # What is held outlives a training forward, because gradient checkpointing runs layers again in backward.

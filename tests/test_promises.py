@@ -420,7 +420,9 @@ def test_compiled_model_trains_the_same(case: Case) -> None:
     torch.testing.assert_close(found, loss, rtol=1e-4, atol=1e-6)
     assert found_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+        torch.testing.assert_close(
+            found_gradients[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-8
+        )
 
 
 @pytest.fixture

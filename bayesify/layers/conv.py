@@ -5,6 +5,7 @@ Grouped and depth-wise convolutions obey the same rule, as if the block-diagonal
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -83,6 +84,28 @@ class _Rank1ConvTranspose(_Rank1Conv):
             input, output_size, layer.stride, layer.padding, self.kernel_size, spatial, layer.dilation
         )
         return site.product(input, self.weight, self.bias, self._map(list(output_padding)), 1)
+
+
+@rank1("timm.layers.conv2d_same.Conv2dSame")
+class Rank1Conv2dSame(_Rank1Conv):
+    """timm's convolution with as many zeros around its input as the size of that asks for."""
+
+    plain_forward_only = True
+
+    @classmethod
+    def own_forward(cls) -> Callable[..., Any]:
+        return Rank1Conv2dSame._padded
+
+    def _padded(self, x: Tensor) -> Tensor:
+        from timm.layers.padding import pad_same
+
+        self._check(x)
+        layer = cast(Any, self)
+        padded = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
+        return self.site.product(padded, self.weight, self.bias, self._map(), 1)
+
+    def applied(self, name: str, s: Tensor) -> Tensor:
+        return Rank1Layer.applied(self, name, s)  # zeros at the border are not moved by s
 
 
 @rank1(nn.Conv1d)

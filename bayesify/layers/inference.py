@@ -8,19 +8,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from bayesify.layers.maps import Convolution
 from bayesify.layers.matmul import has_wider_onednn, is_plain, linear
+from bayesify.layers.pointwise import is_pointwise, pointwise
 
+_ONE_BY_ONE = Convolution([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
 _LSTM = 2
 """torch's number of the kind of recurrence."""
 
 
 def speed_up(network: nn.Module) -> int:
     """Give layers of a network, in place, the classes below; returns how many gain by it on this machine."""
-    faster: dict[type, type] = {nn.Linear: WideLinear, nn.LSTM: PackedLSTM}
-    found = [module for module in network.modules() if type(module) in faster]
-    for module in found:
-        module.__class__ = faster[type(module)]
-    return sum(isinstance(module, nn.LSTM) or has_wider_onednn() for module in found)
+    faster = {module: equivalent for module in network.modules() if (equivalent := _faster(module)) is not None}
+    for module, equivalent in faster.items():
+        module.__class__ = equivalent
+    return sum(equivalent is not WideLinear or has_wider_onednn() for equivalent in faster.values())
+
+
+def _faster(module: nn.Module) -> type[nn.Module] | None:
+    if type(module) is nn.Conv2d:
+        plain = module.groups == 1 and module.padding in ((0, 0), "valid")
+        return PointwiseConv2d if plain and {*module.kernel_size, *module.stride} == {1} else None
+    return {nn.Linear: WideLinear, nn.LSTM: PackedLSTM}.get(type(module))
 
 
 class WideLinear(nn.Linear):
@@ -28,6 +37,15 @@ class WideLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A convolution of 1 x 1 that is a product of matrices where images are large."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if is_plain(input, self.weight, self.bias) and is_pointwise(input, self.weight, _ONE_BY_ONE):
+            return pointwise(input, self.weight, None if self.bias is None else self.bias.view(-1, 1, 1), None, None)
+        return super().forward(input)
 
 
 class PackedLSTM(nn.LSTM):

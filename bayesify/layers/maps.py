@@ -91,6 +91,10 @@ class Convolution:
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *options)
         return grad_x, grad_weight
 
+    def is_depthwise(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether each channel is an output of its own."""
+        return self.groups == x.shape[1] == weight.shape[0] and weight.shape[1] == 1
+
     def growth(self, weight: Tensor) -> float:
         outputs, inputs = weight.shape[0], weight.shape[1] * self.groups
         stride = math.prod(self.stride)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from bayesify.cost import costs
-from bayesify.layers.maps import Map
+from bayesify.layers.maps import Convolution, Map
+from bayesify.layers.pointwise import is_pointwise, pointwise
 
 CHUNK_BYTES = 4 << 20
 """Size of what a chunk of rows makes on the way: near the cache that cores share."""
@@ -51,6 +52,10 @@ def product(
         x, weight, bias, s, r = (None if t is None else t.to(dtype) for t in (x, weight, bias, s, r))  # type: ignore[assignment]
         with torch.autocast(x.device.type, enabled=False):
             return product(x, weight, bias, s, r, linear, single)
+    if isinstance(linear, Convolution) and linear.is_depthwise(x, weight) and s is not None:
+        s, r = None, s if r is None else s * r  # channels stay apart: one pass instead of two
+    if is_pointwise(x, weight, linear):
+        return pointwise(x, weight, bias, s, r)
     tensors = (x, weight, bias, s, r)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return cast(Tensor, _Product.apply(*tensors, linear, single))

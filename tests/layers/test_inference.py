@@ -1,4 +1,4 @@
-"""LSTMs whose weights are packed once: the same digits as torch's own."""
+"""Layers that compute the same in less time: LSTMs whose weights are packed once, and convolutions as products."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from bayesify.layers import PackedLSTM
+from bayesify.layers import PackedLSTM, PointwiseConv2d, speed_up
 
 IN, HIDDEN, N, T = 5, 8, 3, 6
 KINDS: dict[str, dict[str, Any]] = {
@@ -113,3 +113,34 @@ def test_export_is_of_a_plain_one() -> None:
         exported = torch.export.export(packed, (x,))
         assert "mkldnn" not in str(exported.graph)
         torch.testing.assert_close(exported.module()(x)[0], plain(x)[0])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_convolutions_of_one_by_one(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(4, 6, 1, bias=bias)
+    faster = copy.deepcopy(plain)
+    assert speed_up(faster) == 1
+    assert type(faster) is PointwiseConv2d
+    calls: list[int] = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *args: calls.append(1) or bmm(*args))
+    x = torch.randn(3, 4, 9, 8)
+    torch.testing.assert_close(faster(x), plain(x))
+    assert len(calls) == 1
+    for other in (x[..., :1, :1], x.to(memory_format=torch.channels_last), x.to(torch.float64), x[0]):
+        torch.testing.assert_close(faster.to(other.dtype)(other), plain.to(other.dtype)(other))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 1, stride=2), nn.Conv2d(4, 6, 1, padding=1), nn.Conv2d(4, 6, 1, groups=2),
+     nn.Conv1d(4, 6, 1)],
+    ids=str,
+)  # fmt: skip
+def test_other_convolutions_stay(layer: nn.Module) -> None:
+    kind = type(layer)
+    assert speed_up(layer) == 0
+    assert type(layer) is kind

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -146,6 +147,9 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "2d-groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 7, 6)),
     "2d-depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, padding=1), (4, 7, 6)),
     "2d-depthwise-multiplier": (lambda: nn.Conv2d(4, 12, 3, groups=4, stride=2), (4, 7, 6)),
+    "2d-pointwise": (lambda: nn.Conv2d(4, 6, 1), (4, 7, 6)),
+    "2d-timm-same": (lambda: Conv2dSame(4, 6, 3, stride=2), (4, 7, 6)),
+    "2d-timm-same-depthwise": (lambda: Conv2dSame(4, 4, (5, 3), stride=2, groups=4, bias=False), (4, 8, 7)),
     "2d-dilation": (lambda: nn.Conv2d(4, 6, 3, dilation=2, padding=2), (4, 7, 6)),
     "2d-stride": (lambda: nn.Conv2d(4, 6, 3, stride=(2, 3), padding=(1, 0)), (4, 7, 6)),
     "2d-same": (lambda: nn.Conv2d(4, 6, (4, 3), padding="same", dilation=2), (4, 7, 8)),

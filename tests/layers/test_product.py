@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from bayesify import bayesify
 from bayesify.layers import product as module
 from bayesify.layers.maps import DENSE, Convolution
+from bayesify.layers.pointwise import is_pointwise
 from bayesify.layers.product import product
 
 N = 12
@@ -27,9 +29,11 @@ MAPS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], int, int]] = {
     "dense": (DENSE, (N, 6), (5, 6), 5, -1),
     "tokens": (DENSE, (N, 7, 6), (5, 6), 5, -1),
     "images": (convolution(), (N, 6, 5, 5), (4, 6, 3, 3), 4, 1),
+    "pointwise": (convolution(padding=0), (N, 6, 5, 5), (4, 6, 1, 1), 4, 1),
     "strided": (convolution(stride=2), (N, 6, 5, 5), (4, 6, 3, 3), 4, 1),
     "depthwise": (convolution(groups=6), (N, 6, 5, 5), (6, 1, 3, 3), 6, 1),
     "grouped": (convolution(groups=2), (N, 6, 5, 5), (4, 3, 3, 3), 4, 1),
+    "transposed, depthwise": (convolution(groups=6, transposed=True), (N, 6, 5, 5), (6, 1, 3, 3), 6, 1),
     "transposed": (convolution(stride=2, transposed=True), (N, 6, 5, 5), (6, 4, 3, 3), 4, 1),
     "transposed, grouped": (convolution(groups=2, transposed=True), (N, 6, 5, 5), (6, 2, 3, 3), 4, 1),
 }  # fmt: skip
@@ -74,6 +78,7 @@ def test_values_and_gradients(name: str, rows: int, bias_rows: int, chunks: bool
     inputs = operands(name, rows, bias_rows)
     y = product(*inputs, linear, single=rows == 1)
     assert y is not None
+    assert is_pointwise(inputs[0], inputs[1], linear) == (name == "pointwise")
     expected = plain(*inputs, linear)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(gradients(y, inputs), gradients(expected, inputs))
@@ -81,22 +86,26 @@ def test_values_and_gradients(name: str, rows: int, bias_rows: int, chunks: bool
         torch.testing.assert_close(product(*inputs, linear, single=rows == 1), expected.detach())
 
 
+@pytest.mark.parametrize("name", ["images", "pointwise", "depthwise"])
 @pytest.mark.parametrize("missing", [(2,), (3,), (4,), (2, 4), (3, 4)], ids=str)
-def test_what_is_missing_changes_nothing(missing: tuple[int, ...], chunks: bool) -> None:
-    inputs: list[Any] = operands("images", N)
+def test_what_is_missing_changes_nothing(missing: tuple[int, ...], name: str, chunks: bool) -> None:
+    inputs: list[Any] = operands(name, N)
+    linear = MAPS[name][0]
     neutral = [value if i not in missing else (0.0 if i == 2 else 1.0) for i, value in enumerate(inputs)]
     given = [None if i in missing else value for i, value in enumerate(inputs)]
     present = [value for i, value in enumerate(inputs) if i not in missing]
-    y = product(*given, convolution(), single=False)
+    y = product(*given, linear, single=False)
     assert y is not None
-    expected = plain(*neutral, convolution())
+    expected = plain(*neutral, linear)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(gradients(y, present), gradients(expected, present))
 
 
+@pytest.mark.parametrize("name", ["images", "pointwise", "depthwise"])
 @pytest.mark.parametrize("change", ["relu", "add", "none, r = 0"])
-def test_outputs_changed_in_place_and_factors_at_zero(change: str, chunks: bool) -> None:
-    inputs = operands("images", N)
+def test_outputs_changed_in_place_and_factors_at_zero(change: str, name: str, chunks: bool) -> None:
+    inputs = operands(name, N)
+    linear = MAPS[name][0]
     if change.endswith("r = 0"):
         with torch.no_grad():
             inputs[4][1, 2] = 0.0
@@ -106,17 +115,31 @@ def test_outputs_changed_in_place_and_factors_at_zero(change: str, chunks: bool)
         y = y * 1 if not y.requires_grad else y
         return F.relu_(y) if change == "relu" else y.add_(3.0).square() if change == "add" else y
 
-    y, expected = after(product(*inputs, convolution(), single=False)), after(plain(*inputs, convolution()))
+    y, expected = after(product(*inputs, linear, single=False)), after(plain(*inputs, linear))
     torch.testing.assert_close(y, expected)
     found = gradients(y, inputs)
     torch.testing.assert_close(found, gradients(expected, inputs))
-    assert found[4].abs().min() > 0
+    assert change == "relu" or found[4].abs().min() > 0
 
 
-@pytest.mark.parametrize("name", ["tokens", "grouped"])
+@pytest.mark.parametrize("name", ["tokens", "grouped", "pointwise"])
 def test_gradients_of_gradients(name: str) -> None:
     inputs = operands(name, N)
     assert torch.autograd.gradgradcheck(lambda *values: product(*values, MAPS[name][0], single=False), inputs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"stride": [2, 2]}, {"padding": [1, 1]}, {"groups": 2}, {"transposed": True}],
+    ids=lambda change: next(iter(change)),
+)
+def test_only_plain_convolutions_of_one_by_one_are_pointwise(change: dict[str, Any]) -> None:
+    linear, x, weight = convolution(padding=0), torch.ones(2, 4, 16, 16), torch.ones(4, 4, 1, 1)
+    assert is_pointwise(x, weight, linear)
+    assert not is_pointwise(x, weight, dataclasses.replace(linear, **change))
+    assert not is_pointwise(x.to(memory_format=torch.channels_last), weight, linear)
+    assert not is_pointwise(x[..., :1, :1].contiguous(), weight, linear), "folding a weight for each image costs more"
+    assert not is_pointwise(x, torch.ones(4, 4, 3, 3), linear)
 
 
 def test_backward_twice() -> None:
