@@ -43,7 +43,7 @@ class PointwiseConv2d(nn.Conv2d):
     """A convolution of 1 x 1 that is a product of matrices where images are large."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_plain(input, self.weight, self.bias) and is_pointwise(input, self.weight, _ONE_BY_ONE):
+        if is_plain(input, self.weight, self.bias) and is_pointwise(input, self.weight, _ONE_BY_ONE, single=True):
             return pointwise(input, self.weight, None if self.bias is None else self.bias.view(-1, 1, 1), None, None)
         return super().forward(input)
 

@@ -1,8 +1,8 @@
 """Convolutions of 1 x 1 that mix few channels of large images, as products of matrices: y = W (s ∘ x) ∘ r + b.
 
 oneDNN, in which torch computes convolutions on a CPU, lays images out anew before and after each. With few channels
-that takes longer than the arithmetic. BLAS does not mind a weight for each image, and such a weight is small beside the
-image, so factors are folded into it: the passes over images are gone, and nothing is kept for the gradients but x.
+that may take longer than the arithmetic. BLAS does not mind a weight for each image, and such a weight is small beside
+the image, so factors are folded into it: the passes over images are gone, and nothing is kept for the gradients but x.
 
 Legend: N images, i channels in, o out, p positions.
 """
@@ -21,10 +21,16 @@ CHANNELS = 128
 for gradients of factors alone, which are had from those of the weights."""
 POSITIONS = 4
 """How many times the elements of a weight an image has at least, in and out."""
+LARGE_BYTES = 16 << 20
+"""Size of images, in and out, from which laying them out anew needs memory that is had from the system each time."""
 
 
-def is_pointwise(x: Tensor, weight: Tensor, linear: Map) -> bool:
-    """Whether a map of x [N, i, ...] is such a convolution."""
+def is_pointwise(x: Tensor, weight: Tensor, linear: Map, single: bool) -> bool:
+    """Whether a map of x [N, i, ...] is such a convolution, and faster this way.
+
+    Args:
+        single: whether all images share one weight, so that there are no passes to be saved.
+    """
     if not isinstance(linear, Convolution) or x.device.type != "cpu" or x.dim() != weight.dim() or x.element_size() < 4:
         return False
     plain = linear.groups == 1 and not linear.transposed and not any(linear.padding) and set(linear.stride) == {1}
@@ -32,6 +38,8 @@ def is_pointwise(x: Tensor, weight: Tensor, linear: Map) -> bool:
         return False
     outputs, inputs = weight.shape[:2]
     sides = inputs + outputs
+    if single and sides * x.numel() // inputs * x.element_size() < LARGE_BYTES:
+        return False
     limit = CHANNELS // 2 if torch.is_grad_enabled() and not weight.requires_grad else CHANNELS
     return weight.numel() <= limit * sides and POSITIONS * weight.numel() <= sides * x[0, 0].numel()
 

@@ -54,7 +54,7 @@ def product(
             return product(x, weight, bias, s, r, linear, single)
     if isinstance(linear, Convolution) and linear.is_depthwise(x, weight) and s is not None:
         s, r = None, s if r is None else s * r  # channels stay apart: one pass instead of two
-    if is_pointwise(x, weight, linear):
+    if is_pointwise(x, weight, linear, single):
         return pointwise(x, weight, bias, s, r)
     tensors = (x, weight, bias, s, r)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from bayesify.layers import PackedLSTM, PointwiseConv2d, speed_up
+from bayesify.layers import PackedLSTM, PointwiseConv2d, pointwise, speed_up
 
 IN, HIDDEN, N, T = 5, 8, 3, 6
 KINDS: dict[str, dict[str, Any]] = {
@@ -127,6 +127,9 @@ def test_convolutions_of_one_by_one(bias: bool, monkeypatch: pytest.MonkeyPatch)
     bmm = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda *args: calls.append(1) or bmm(*args))
     x = torch.randn(3, 4, 9, 8)
+    torch.testing.assert_close(faster(x), plain(x))
+    assert not calls, "laying small images out anew costs little"
+    monkeypatch.setattr(pointwise, "LARGE_BYTES", 1)
     torch.testing.assert_close(faster(x), plain(x))
     assert len(calls) == 1
     for other in (x[..., :1, :1], x.to(memory_format=torch.channels_last), x.to(torch.float64), x[0]):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bayesify import bayesify
+from bayesify.layers import pointwise
 from bayesify.layers import product as module
 from bayesify.layers.maps import DENSE, Convolution
 from bayesify.layers.pointwise import is_pointwise
@@ -78,7 +79,7 @@ def test_values_and_gradients(name: str, rows: int, bias_rows: int, chunks: bool
     inputs = operands(name, rows, bias_rows)
     y = product(*inputs, linear, single=rows == 1)
     assert y is not None
-    assert is_pointwise(inputs[0], inputs[1], linear) == (name == "pointwise")
+    assert is_pointwise(inputs[0], inputs[1], linear, single=False) == (name == "pointwise")
     expected = plain(*inputs, linear)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(gradients(y, inputs), gradients(expected, inputs))
@@ -135,11 +136,25 @@ def test_gradients_of_gradients(name: str) -> None:
 )
 def test_only_plain_convolutions_of_one_by_one_are_pointwise(change: dict[str, Any]) -> None:
     linear, x, weight = convolution(padding=0), torch.ones(2, 4, 16, 16), torch.ones(4, 4, 1, 1)
-    assert is_pointwise(x, weight, linear)
-    assert not is_pointwise(x, weight, dataclasses.replace(linear, **change))
-    assert not is_pointwise(x.to(memory_format=torch.channels_last), weight, linear)
-    assert not is_pointwise(x[..., :1, :1].contiguous(), weight, linear), "folding a weight for each image costs more"
-    assert not is_pointwise(x, torch.ones(4, 4, 3, 3), linear)
+    assert is_pointwise(x, weight, linear, single=False)
+    assert not is_pointwise(x, weight, dataclasses.replace(linear, **change), single=False)
+    assert not is_pointwise(x.to(memory_format=torch.channels_last), weight, linear, single=False)
+    assert not is_pointwise(x[..., :1, :1].contiguous(), weight, linear, single=False), "folding would cost more"
+    assert not is_pointwise(x, torch.ones(4, 4, 3, 3), linear, single=False)
+
+
+def test_one_weight_for_all_images_is_pointwise_where_images_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = operands("pointwise", 1)
+    linear = MAPS["pointwise"][0]
+    expected = plain(*inputs, linear)
+    expected_gradients = gradients(expected, inputs)
+    for limit in (1, 1 << 30):
+        monkeypatch.setattr(pointwise, "LARGE_BYTES", limit)
+        assert is_pointwise(inputs[0], inputs[1], linear, single=True) == (limit == 1)
+        y = product(*inputs, linear, single=True)
+        assert y is not None
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(gradients(y, inputs), expected_gradients)
 
 
 def test_backward_twice() -> None:
