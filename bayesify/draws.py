@@ -26,13 +26,34 @@ class Draws:
     def __init__(self, model: nn.Module, config: Rank1Config) -> None:
         self._model = model
         self._config = config
-        self._held: list[Held] | None = None
+        self._held: dict[str, Held] | None = None
+        self._links: list[tuple[nn.Module, str, nn.Module]] = []
         self._alike: list[list[Factor]] = []
         self._places: list[Any] = []
 
     def forget(self) -> None:
         """Look anew at the next call."""
         self._held, self._places = None, []
+
+    def check(self) -> None:
+        """See that what was found is in the network still.
+
+        Raises:
+            BayesifyError: somebody has taken layers out, and their factors with them.
+        """
+        if self._held is not None and all(above._modules.get(name) is below for above, name, below in self._links):
+            return
+        found, links = _look(self._model)
+        before, here = self._held or {}, {id(module) for module in found.values()}
+        gone = [name for name, module in before.items() if id(module) not in here]
+        if gone:
+            layers = list(dict.fromkeys(name.partition(".rank1.")[0] for name in gone))
+            raise BayesifyError(
+                f"layers with factors were taken out of the network after the conversion: {', '.join(layers[:3])}"
+                f"{f' and {len(layers) - 3} more' if len(layers) > 3 else ''}. Change a network before bayesify(), or "
+                "what merge() or unload() gives; timm's reparameterize_model, too."
+            )
+        self._held, self._links, self._places = found, links, []
 
     def joined(self) -> list[tuple[Factor, list[Factor]]]:
         """All factors, side by side.
@@ -96,5 +117,17 @@ class Draws:
 
     def _all(self) -> list[Held]:
         if self._held is None:
-            self._held = [module for module in self._model.modules() if isinstance(module, Held)]
-        return self._held
+            self._held, self._links = _look(self._model)
+        return list(self._held.values())
+
+
+def _look(model: nn.Module) -> tuple[dict[str, Held], list[tuple[nn.Module, str, nn.Module]]]:
+    """What can hold something, by name; and each (module, name of a part, part) on the way there."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    held = {name: module for name, module in model.named_modules() if isinstance(module, Held)}
+    paths: dict[str, None] = {}
+    for name in held:
+        while name:
+            paths[name] = None
+            name = name.rpartition(".")[0]
+    return held, [(modules[p.rpartition(".")[0]], p.rpartition(".")[2], modules[p]) for p in paths]

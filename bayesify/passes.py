@@ -65,6 +65,7 @@ class Passes:
         self._noise = config.noise
         self._report = report
         self.draws = Draws(model, config)
+        self.draws.check()
         self.strategies = Strategies(model)
         self.parting = Parting(model)
 
@@ -122,6 +123,7 @@ class Passes:
     @outside
     def _enter_training(self, args: tuple[Any, ...], kwargs: dict[str, Any], partition: bool) -> Any:
         """The inputs of the network, and whether draws are random, with draws in place."""
+        self.draws.check()
         rows = Rows(self._model)
         batch = rows.batch_size(args, kwargs)
         if partition:
@@ -189,6 +191,7 @@ class Passes:
             single: whether the rows of one member share a draw.
             joins: whether all that the network gives is to be joined, which is not possible with any output.
         """
+        self.draws.check()
         rows = Rows(self._model)
         strategy = self._strategy(rows, args, kwargs)
         k = self._members

@@ -14,6 +14,7 @@ import timm
 import torch
 from models import CASES, Case, tensor
 from timm.optim import create_optimizer_v2
+from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -415,6 +416,44 @@ def test_a_head_is_changed_before_the_conversion() -> None:
     with pytest.raises(BayesifyError, match="call unload"):
         bnn.reset_classifier(3)
     assert bnn.model.num_classes == 5
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["at-once", "after-a-call"])
+@pytest.mark.parametrize("how", ["reparameterized", "replaced"])
+def test_layers_with_factors_that_others_take_out_are_an_error(called: bool, how: str) -> None:
+    """They would be gone without a word: the network would be a plain one, and the KL that of nothing."""
+    bnn = bayesify(timm.create_model("mobileone_s0", num_classes=5), members=2).eval()
+    x = torch.randn(4, 3, 32, 32)
+    if called:
+        bnn(x)
+    if how == "replaced":
+        bnn.model.head.fc = nn.Linear(bnn.model.num_features, 5)
+    else:
+        bnn = reparameterize_model(bnn)
+    message = "taken out of the network.*: head.fc" if how == "replaced" else "taken out of the network.* and [0-9]+ more"
+    for call in (bnn, bnn.predict, bnn.train(), bnn.eval()):
+        with pytest.raises(BayesifyError, match=message):
+            call(x)
+
+
+def test_layers_that_others_wrap_stay() -> None:
+    bnn = bayesify(timm.create_model("test_resnet", num_classes=5), members=2, init_scale=0.3).eval()
+    x = torch.randn(4, 3, 32, 32)
+    expected = bnn(x)
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    bnn.model.layer3 = Wrapper(bnn.model.layer3)
+    assert torch.equal(bnn(x), expected)
+    bnn.unload()
+    with pytest.raises(BayesifyError, match="unloaded"):
+        bnn(x)
 
 
 def test_a_batch_of_no_examples() -> None:
