@@ -12,6 +12,9 @@ from dataclasses import dataclass
 SHORT = 0.02
 """Seconds; a call that takes less is repeated to reach it, within one timing."""
 
+LONG = 1.0
+"""Seconds; a call that takes longer does not depend on what the caches held before."""
+
 LEAST = 3
 """Rounds, whatever they take."""
 
@@ -38,11 +41,13 @@ def alternate(
 ) -> dict[str, Timing]:
     """Time every call once a round, right after the same call untimed, which brings its data into the caches.
 
+    Every call was made once before. Long calls are timed without another.
+
     Args:
         rounds: at most so many,
         seconds: and none that begins later than this, but three at least.
     """
-    repeats = {name: _repeats(call) for name, call in calls.items()}
+    lengths = {name: _timed(call, 1) for name, call in calls.items()}
     taken: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(seed).shuffle
     began = time.perf_counter()
@@ -51,14 +56,10 @@ def alternate(
             break
         shuffle(order)
         for name in order:
-            calls[name]()
-            taken[name].append(_timed(calls[name], repeats[name]))
+            if lengths[name] < LONG:
+                calls[name]()
+            taken[name].append(_timed(calls[name], max(1, math.ceil(SHORT / lengths[name]))))
     return {name: Timing(values) for name, values in taken.items()}
-
-
-def _repeats(call: Callable[[], object]) -> int:
-    call()
-    return max(1, math.ceil(SHORT / _timed(call, 1)))
 
 
 def _timed(call: Callable[[], object], repeats: int) -> float:
