@@ -43,7 +43,8 @@ def floor_folded(network: Network, base: nn.Module, inputs: Any, members: int) -
 
 
 def floor_onednn(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
-    """K deterministic forwards of a network with the products of oneDNN and its packed LSTM, as in a fused network."""
+    """K deterministic forwards of a network with the layers of a fused one: oneDNN's products, LSTMs packed once, and
+    convolutions of 1 x 1 as products."""
     faster = copy.deepcopy(base)
     if not speed_up(faster):
         raise ValueError("BLAS has the widest instructions of this processor")
