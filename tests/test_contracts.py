@@ -430,10 +430,12 @@ def test_layers_with_factors_that_others_take_out_are_an_error(called: bool, how
         bnn.model.head.fc = nn.Linear(bnn.model.num_features, 5)
     else:
         bnn = reparameterize_model(bnn)
-    message = "taken out of the network.*: head.fc" if how == "replaced" else "taken out of the network.* and [0-9]+ more"
-    for call in (bnn, bnn.predict, bnn.train(), bnn.eval()):
-        with pytest.raises(BayesifyError, match=message):
-            call(x)
+    which = "head.fc" if how == "replaced" else "stem.* and [0-9]+ more"
+    for training in (False, True):
+        bnn.train(training)
+        for call in (bnn, bnn.predict):
+            with pytest.raises(BayesifyError, match=f"taken out of the network after the conversion: {which}"):
+                call(x)
 
 
 def test_layers_that_others_wrap_stay() -> None:
