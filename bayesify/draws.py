@@ -117,8 +117,8 @@ class Draws:
 
     def _all(self) -> list[Held]:
         if self._held is None:
-            self._held, self._links = _look(self._model)
-        return list(self._held.values())
+            self.check()
+        return list((self._held or {}).values())
 
 
 def _look(model: nn.Module) -> tuple[dict[str, Held], list[tuple[nn.Module, str, nn.Module]]]:

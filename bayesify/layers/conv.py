@@ -50,15 +50,9 @@ class _Rank1Conv(Rank1Layer):
         site, layer = self.site, cast(Any, self)
         own = layer._conv_forward.__func__ not in _PLAIN
         if layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and not own:
-            return site.product(input, self.weight, self.bias, self._map(), 1)
+            return site.product(input, self.weight, self.bias, Convolution.of(self), 1)
         y = layer._conv_forward(site.scale_inputs(input, 1), self.weight, None)
         return site.scale_outputs(y, self.bias, 1)
-
-    def _map(self, output_padding: list[int] | None = None) -> Convolution:
-        layer = cast(Any, self)
-        padding = [0] if isinstance(layer.padding, str) else list(layer.padding)
-        more = output_padding or [0] * len(self.kernel_size)
-        return Convolution(list(layer.stride), padding, list(layer.dilation), layer.transposed, more, self.groups)
 
     def applied(self, name: str, s: Tensor) -> Tensor:
         layer = cast(Any, self)
@@ -69,7 +63,7 @@ class _Rank1Conv(Rank1Layer):
 
     def folded(self, name: str, s: Tensor | None, r: Tensor | None) -> Tensor:
         weight: Tensor = getattr(self, name)
-        return self._map().folded(weight, *(None if v is None else v.to(weight.dtype) for v in (s, r)))
+        return Convolution.of(self).folded(weight, *(None if v is None else v.to(weight.dtype) for v in (s, r)))
 
 
 class _Rank1ConvTranspose(_Rank1Conv):
@@ -83,7 +77,7 @@ class _Rank1ConvTranspose(_Rank1Conv):
         output_padding = layer._output_padding(
             input, output_size, layer.stride, layer.padding, self.kernel_size, spatial, layer.dilation
         )
-        return site.product(input, self.weight, self.bias, self._map(list(output_padding)), 1)
+        return site.product(input, self.weight, self.bias, Convolution.of(self, list(output_padding)), 1)
 
 
 @rank1("timm.layers.conv2d_same.Conv2dSame")
@@ -102,7 +96,7 @@ class Rank1Conv2dSame(_Rank1Conv):
         self._check(x)
         layer = cast(Any, self)
         padded = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
-        return self.site.product(padded, self.weight, self.bias, self._map(), 1)
+        return self.site.product(padded, self.weight, self.bias, Convolution.of(self), 1)
 
     def applied(self, name: str, s: Tensor) -> Tensor:
         return Rank1Layer.applied(self, name, s)  # zeros at the border are not moved by s

@@ -27,8 +27,7 @@ def speed_up(network: nn.Module) -> int:
 
 def _faster(module: nn.Module) -> type[nn.Module] | None:
     if type(module) is nn.Conv2d:
-        plain = module.groups == 1 and module.padding in ((0, 0), "valid")
-        return PointwiseConv2d if plain and {*module.kernel_size, *module.stride} == {1} else None
+        return PointwiseConv2d if Convolution.of(module).is_one_by_one(module.weight) else None
     return {nn.Linear: WideLinear, nn.LSTM: PackedLSTM}.get(type(module))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -64,6 +64,13 @@ class Convolution:
     output_padding: list[int]
     groups: int
 
+    @classmethod
+    def of(cls, layer: Any, output_padding: list[int] | None = None) -> Convolution:
+        """That of a layer of torch, but for padding in words."""
+        padding = [0] if isinstance(layer.padding, str) else list(layer.padding)
+        more = output_padding or [0] * len(layer.kernel_size)
+        return cls(list(layer.stride), padding, list(layer.dilation), layer.transposed, more, layer.groups)
+
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):  # which knows the functions for layers, but on a CPU not this one
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -90,6 +97,11 @@ class Convolution:
         options = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups, of)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *options)
         return grad_x, grad_weight
+
+    def is_one_by_one(self, weight: Tensor) -> bool:
+        """Whether it only mixes the channels at each position."""
+        plain = self.groups == 1 and not self.transposed and not any(self.padding)
+        return plain and {*self.stride, *weight.shape[2:]} == {1}
 
     def is_depthwise(self, x: Tensor, weight: Tensor) -> bool:
         """Whether each channel is an output of its own."""

@@ -33,8 +33,7 @@ def is_pointwise(x: Tensor, weight: Tensor, linear: Map, single: bool) -> bool:
     """
     if not isinstance(linear, Convolution) or x.device.type != "cpu" or x.dim() != weight.dim() or x.element_size() < 4:
         return False
-    plain = linear.groups == 1 and not linear.transposed and not any(linear.padding) and set(linear.stride) == {1}
-    if not plain or set(weight.shape[2:]) != {1} or not x.numel() or not x.is_contiguous():
+    if not linear.is_one_by_one(weight) or not x.numel() or not x.is_contiguous():
         return False
     outputs, inputs = weight.shape[:2]
     sides = inputs + outputs
@@ -51,14 +50,10 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor | None, 
     return y if bias is None else y.add_(bias)
 
 
-def _folded(weight: Tensor, s: Tensor | None, r: Tensor | None, images: int) -> Tensor:
-    """[N, o, i]"""
-    weight = weight.unsqueeze(0)
-    if r is not None:
-        weight = weight * r.unsqueeze(2)
-    if s is not None:
-        weight = weight * s.unsqueeze(1)
-    return weight.expand(images, -1, -1)
+def _folded(weight: Tensor, s: Tensor | None, r: Tensor | None) -> Tensor:
+    """W ∘ (r sᵀ), each with or without a dimension for images in front."""
+    weight = weight if r is None else weight * r.unsqueeze(2)
+    return weight if s is None else weight * s.unsqueeze(1)
 
 
 class _Pointwise(torch.autograd.Function):
@@ -68,24 +63,20 @@ class _Pointwise(torch.autograd.Function):
     def forward(ctx: Any, *tensors: Any) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(*tensors)
         x, weight, s, r = tensors
-        return torch.bmm(_folded(weight, s, r, len(x)), x)
+        return torch.bmm(_folded(weight, s, r).expand(len(x), -1, -1), x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         x, weight, s, r = ctx.saved_tensors
         of_x, of_weight, of_s, of_r = ctx.needs_input_grad
-        d_x = torch.bmm(_folded(weight, s, r, len(x)).transpose(1, 2), grad) if of_x else None
+        d_x = torch.bmm(_folded(weight, s, r).expand(len(x), -1, -1).transpose(1, 2), grad) if of_x else None
         if not (of_weight or of_s or of_r):
             return d_x, None, None, None
         of_folded = torch.bmm(grad, x.transpose(1, 2))
         product = of_folded * weight if of_s or of_r else of_folded
         d_s = _summed(product.transpose(1, 2), r, s) if of_s else None
         d_r = _summed(product, s, r) if of_r else None
-        if not of_weight:
-            return d_x, None, d_s, d_r
-        for vector in (None if s is None else s.unsqueeze(1), None if r is None else r.unsqueeze(2)):
-            of_folded = of_folded if vector is None else of_folded * vector
-        return d_x, of_folded.sum(0), d_s, d_r
+        return d_x, _folded(of_folded, s, r).sum(0) if of_weight else None, d_s, d_r
 
 
 def _summed(product: Tensor, other: Tensor | None, like: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def floor_folded(network: Network, base: nn.Module, inputs: Any, members: int) -
     return _no_grad(lambda: [network.call(folded, inputs) for _ in range(members)])
 
 
-def floor_onednn(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
+def floor_faster(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
     """K deterministic forwards of a network with the layers of a fused one: oneDNN's products, LSTMs packed once, and
     convolutions of 1 x 1 as products."""
     faster = copy.deepcopy(base)
@@ -187,7 +187,7 @@ INFERENCE: dict[str, Contender] = {
     "floor": floor,
     "floor, K·B rows": floor_at_once,
     "floor, norms folded": floor_folded,
-    "floor, oneDNN": floor_onednn,
+    "floor, faster layers": floor_faster,
     "bayesify": ours(),
     "bayesify, one member at a time": ours(member_chunk=1),
     "bayesify, fused": fused(compile=False),
