@@ -21,9 +21,21 @@ class Map(Protocol):
         """W ∘ (r sᵀ) for s [in], r [out]; written to a tensor of the shape of W, if given."""
         ...
 
+    def laid_out(self, weight: Tensor, like: Tensor, calls: int, backward: bool = False) -> Tensor:
+        """The weight as that many calls with inputs like this one want it, or calls back with such gradients."""
+        ...
+
     def gradients(
-        self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
-    ) -> tuple[Tensor | None, Tensor | None]: ...
+        self, grad: Tensor, x: Tensor, weight: Tensor, back: Tensor | None, of_weight: bool, total: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Those of x and of the weight.
+
+        Args:
+            back: the weight as it was laid out for calls back; nothing, if no gradient of x is wanted.
+            of_weight: whether one of the weight is wanted.
+            total: what it is added to, in place, if anything.
+        """
+        ...
 
     def growth(self, weight: Tensor) -> float:
         """Size of y over that of x, about."""
@@ -40,14 +52,19 @@ class Dense:
     def folded(self, weight: Tensor, s: Tensor | None, r: Tensor | None, out: Tensor | None = None) -> Tensor:
         return _multiplied(weight, s, None if r is None else r[:, None], out)
 
+    def laid_out(self, weight: Tensor, like: Tensor, calls: int, backward: bool = False) -> Tensor:
+        matrix = weight.t() if backward else weight
+        return matmul.packed(matrix, like) if calls > 1 else matrix
+
     def gradients(
-        self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+        self, grad: Tensor, x: Tensor, weight: Tensor, back: Tensor | None, of_weight: bool, total: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        return (
-            matmul.linear(grad, weight.t()) if of_x else None,
-            # Not oneDNN's, which would copy both sides to transpose them.
-            grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,
-        )
+        of_x = None if back is None else matmul.linear(grad, back)
+        if not of_weight:
+            return of_x, None
+        # Not oneDNN's product, which would copy both sides to transpose them.
+        left, right = grad.reshape(-1, grad.shape[-1]).t(), x.reshape(-1, x.shape[-1])
+        return of_x, left @ right if total is None else total.addmm_(left, right)
 
     def growth(self, weight: Tensor) -> float:
         return weight.shape[0] / weight.shape[1]
@@ -90,13 +107,16 @@ class Convolution:
         into = None if out is None else out.view(shape)
         return _multiplied(weight.reshape(shape), second, first, into).view(weight.shape)
 
+    def laid_out(self, weight: Tensor, like: Tensor, calls: int, backward: bool = False) -> Tensor:
+        return weight
+
     def gradients(
-        self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+        self, grad: Tensor, x: Tensor, weight: Tensor, back: Tensor | None, of_weight: bool, total: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        of = [of_x, of_weight, False]
+        of = [back is not None, of_weight, False]
         options = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups, of)
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *options)
-        return grad_x, grad_weight
+        of_x, of_kernel, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *options)
+        return of_x, of_kernel if total is None or of_kernel is None else total.add_(of_kernel)
 
     def is_one_by_one(self, weight: Tensor) -> bool:
         """Whether it only mixes the channels at each position."""

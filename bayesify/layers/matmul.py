@@ -20,14 +20,33 @@ SMALLEST = 1 << 19
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b for x [..., in] and W [out, in], which may be a transposed view; what `F.linear` computes."""
+    """x Wᵀ + b for x [..., in] and W [out, in], which may be a transposed view or packed; what `F.linear` computes."""
+    if weight.is_mkldnn:
+        rows = x.reshape(-1, x.shape[-1])
+        return _wide(rows if _is_matrix(rows) else rows.contiguous(), weight, bias).view(*x.shape[:-1], -1)
     if not _for_onednn(x, weight, bias) or x.numel() * weight.shape[0] < SMALLEST:
         return F.linear(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if not (_is_matrix(rows) and _is_matrix(weight)):
         return F.linear(x, weight, bias)
-    y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    y = _wide(rows, weight, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+
+
+def _wide(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def packed(weight: Tensor, like: Tensor) -> Tensor:
+    """A weight laid out as oneDNN wants it, for several products with inputs like this one; itself, if they would be
+    none of oneDNN's.
+
+    oneDNN would lay it out anew for each of them, which takes as long as the product of a hundred rows.
+    """
+    size = like.numel() * weight.shape[0]
+    if not _for_onednn(like, weight) or size < SMALLEST or not _is_matrix(weight):
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), like.numel() // like.shape[-1])
 
 
 def _for_onednn(*tensors: Tensor | None) -> bool:

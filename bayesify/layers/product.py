@@ -11,7 +11,7 @@ Legend: N rows in the first dimension; s, r and b come shaped to broadcast with 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -74,9 +74,10 @@ def _forward(
     if single and _smaller_weight(x, weight, s, r, linear):
         s, r, bias = (None if t is None else t.flatten() for t in (s, r, bias))
         return linear(x, linear.folded(weight, s, r, scratch([weight])[0]), bias)
-    out = None
-    for rows in _chunks(x, weight, linear):
-        y = linear(_times(x[rows], s, rows), weight)
+    out, chunks = None, _chunks(x, weight, linear)
+    laid_out = linear.laid_out(weight, x[chunks[0]], len(chunks))
+    for rows in chunks:
+        y = linear(_times(x[rows], s, rows), laid_out)
         if len(y) == len(x):
             return _finish(y, r, bias, rows, y)
         if out is None:
@@ -133,8 +134,12 @@ class _Product(torch.autograd.Function):
         by_output = of_r and out is not None and not differentiable
         # Σ g (out − b) as Σ g out − b Σ g costs no pass over the rows, but digits that half precision does not have.
         at_once = by_output and bias is not None and cast(Tensor, out).element_size() > 2
-        d_x, d_weight, d_bias, d_s, d_r, sums = (_Gradient() for _ in range(6))
-        for rows in [slice(0, len(x))] if differentiable else _chunks(x, weight, ctx.linear):
+        d_bias, d_s, d_r, sums = (_Gradient() for _ in range(4))
+        d_x: Tensor | None = None
+        d_weight: Tensor | None = None
+        chunks = [slice(0, len(x))] if differentiable else _chunks(x, weight, ctx.linear)
+        laid_out = ctx.linear.laid_out(weight, grad[chunks[0]], len(chunks), backward=True) if of_x or of_s else None
+        for rows in chunks:
             g, part = grad[rows], x[rows]
             if of_bias or at_once:
                 total = _sum_like(g, bias if r is None or (bias is not None and bias.numel() > r.numel()) else r, rows)
@@ -150,54 +155,46 @@ class _Product(torch.autograd.Function):
             if not (of_x or of_weight or of_s):
                 continue
             scaled = _times(part, s, rows) if of_weight else part
-            back, w = ctx.linear.gradients(_times(g, r, rows), scaled, weight, of_x or of_s, of_weight)
-            if of_weight:
-                d_weight.add(w, None)
+            back, d_weight = ctx.linear.gradients(_times(g, r, rows), scaled, weight, laid_out, of_weight, d_weight)
             if of_s:
                 d_s.add(_sum_like(back * part, s, rows), s)
-            if of_x:
-                d_x.add_rows(back if s is None else _scaled(back, _part(s, rows), differentiable), rows, len(x))
+            if of_x and differentiable:
+                d_x = _times(back, s, rows)
+            elif of_x and len(chunks) == 1:
+                d_x = _finish(back, s, None, rows, back)
+            elif of_x:
+                d_x = _empty_rows(len(x), back) if d_x is None else d_x
+                _finish(back, s, None, rows, d_x[rows])
         of_r_sum = d_r.value()
         if by_output and of_r_sum is not None:
             if at_once:
                 of_r_sum = of_r_sum - cast(Tensor, bias) * cast(Tensor, sums.value())
             of_r_sum = of_r_sum / cast(Tensor, r)
-        return d_x.value(), d_weight.value(), d_bias.value(), d_s.value(), of_r_sum, None, None
+        return d_x, d_weight, d_bias.value(), d_s.value(), of_r_sum, None, None
 
 
 class _Gradient:
-    """A gradient that is put together from chunks of rows: side by side, or summed where rows share it."""
+    """A gradient of a vector that is put together from chunks of rows: side by side, or summed where rows share it."""
 
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
-        self.whole: Tensor | None = None
 
     def add(self, part: Tensor, like: Tensor | None) -> None:
-        if self.parts and like is None:
-            self.parts[0] += part
-        elif self.parts and len(cast(Tensor, like)) == 1:
+        if self.parts and len(cast(Tensor, like)) == 1:
             self.parts[0] = self.parts[0] + part
         else:
             self.parts.append(part)
 
-    def add_rows(self, part: Tensor, rows: slice, count: int) -> None:
-        if len(part) == count:
-            self.whole = part
-            return
-        if self.whole is None:
-            self.whole = _empty_rows(count, part)
-        self.whole[rows] = part
-
     def value(self) -> Tensor | None:
-        if self.whole is not None or not self.parts:
-            return self.whole
+        if not self.parts:
+            return None
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
 
 
 # ------------------------------------------------------------------------------------------------ rows
 
 
-def _chunks(x: Tensor, weight: Tensor, linear: Map) -> Iterator[slice]:
+def _chunks(x: Tensor, weight: Tensor, linear: Map) -> list[slice]:
     """Rows that are computed at once: all, or as many as make temporary tensors of CHUNK_BYTES, and no fewer bytes than
     the weight has, which every chunk reads."""
     count = len(x)
@@ -206,7 +203,7 @@ def _chunks(x: Tensor, weight: Tensor, linear: Map) -> Iterator[slice]:
         limit = max(CHUNK_BYTES, 2 * _weight_bytes(weight))
         if count * row > 2 * limit:
             count = max(1, int(limit / row))
-    return (slice(start, min(start + count, len(x))) for start in range(0, max(len(x), 1), max(count, 1)))
+    return [slice(start, min(start + count, len(x))) for start in range(0, max(len(x), 1), max(count, 1))]
 
 
 _THREAD = threading.local()
@@ -238,11 +235,6 @@ def _part(vector: Tensor | None, rows: slice) -> Tensor | None:
 def _times(x: Tensor, vector: Tensor | None, rows: slice) -> Tensor:
     part = _part(vector, rows)
     return x if part is None else x * part
-
-
-def _scaled(x: Tensor, vector: Tensor | None, differentiable: bool) -> Tensor:
-    """x ∘ v, in x itself if nothing else needs it."""
-    return x * vector if differentiable else x.mul_(vector)  # type: ignore[operator,arg-type]
 
 
 def _sum_like(value: Tensor, like: Tensor | None, rows: slice) -> Tensor:

@@ -58,6 +58,25 @@ def test_equals_linear(inputs: str, weight: str, with_bias: bool, in_onednn: lis
     assert in_onednn[:1] == [N]
 
 
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_a_packed_weight_gives_the_same(inputs: str, weight: str) -> None:
+    torch.manual_seed(0)
+    x, w = INPUTS[inputs](), WEIGHTS[weight]()
+    packed = matmul.packed(w, x)
+    assert packed.is_mkldnn
+    expected = F.linear(x.double(), w.double()).float()
+    torch.testing.assert_close(matmul.linear(x, packed), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(matmul.linear(x[:2], packed), expected[:2], rtol=1e-5, atol=1e-4)
+
+
+def test_weights_of_other_products_are_not_packed() -> None:
+    x, w = torch.randn(N, IN), torch.randn(OUT, IN)
+    assert matmul.packed(w, x[:1]) is w  # too few
+    doubles = w.double()
+    assert matmul.packed(doubles, x.double()) is doubles
+
+
 def test_other_tensors_are_multiplied_by_torch(in_onednn: list[int]) -> None:
     x, w = torch.randn(N, IN), torch.randn(OUT, IN)
     assert torch.equal(matmul.linear(x.double(), w.double()), F.linear(x.double(), w.double()))

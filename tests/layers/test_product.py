@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bayesify import bayesify
-from bayesify.layers import pointwise
+from bayesify.layers import matmul, pointwise
 from bayesify.layers import product as module
 from bayesify.layers.maps import DENSE, Convolution
 from bayesify.layers.pointwise import is_pointwise
@@ -85,6 +85,38 @@ def test_values_and_gradients(name: str, rows: int, bias_rows: int, chunks: bool
     torch.testing.assert_close(gradients(y, inputs), gradients(expected, inputs))
     with torch.no_grad():
         torch.testing.assert_close(product(*inputs, linear, single=rows == 1), expected.detach())
+
+
+@pytest.mark.parametrize("missing", [(), (3, 4)], ids=["both factors", "no factors"])
+@pytest.mark.parametrize("name", ["dense", "tokens"])
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+def test_a_weight_is_packed_once_for_all_chunks(
+    name: str, missing: tuple[int, ...], chunks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed: list[bool] = []
+    pack = matmul.packed
+
+    def noted(weight: Tensor, like: Tensor) -> Tensor:
+        found = pack(weight, like)
+        packed.append(found.is_mkldnn)
+        return found
+
+    monkeypatch.setattr(matmul, "has_wider_onednn", lambda: True)
+    monkeypatch.setattr(matmul, "SMALLEST", 0)
+    monkeypatch.setattr(matmul, "packed", noted)
+    inputs = operands(name, N, dtype=torch.float32)
+    given: list[Any] = [None if i in missing else value for i, value in enumerate(inputs)]
+    present = [value for i, value in enumerate(inputs) if i not in missing]
+    found = product(*given, DENSE, single=False)
+    assert found is not None
+    precise = [value.detach().double() for value in inputs]
+    neutral = [1.0 if i in missing else value.requires_grad_() for i, value in enumerate(precise)]
+    expected = plain(*neutral, DENSE)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected.float())
+    wanted = [value for i, value in enumerate(precise) if i not in missing]
+    of_expected = [gradient.float() for gradient in torch.autograd.grad(expected.sum(), wanted)]
+    torch.testing.assert_close(list(torch.autograd.grad(found.sum(), present)), of_expected, rtol=1e-4, atol=1e-4)
+    assert packed == ([True, True] if chunks else [])
 
 
 @pytest.mark.parametrize("name", ["images", "pointwise", "depthwise"])
