@@ -21,20 +21,16 @@ SMALLEST = 1 << 19
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b for x [..., in] and W [out, in], which may be a transposed view or packed; what `F.linear` computes."""
-    if weight.is_mkldnn:
-        rows = x.reshape(-1, x.shape[-1])
-        return _wide(rows if _is_matrix(rows) else rows.contiguous(), weight, bias).view(*x.shape[:-1], -1)
-    if not _for_onednn(x, weight, bias) or x.numel() * weight.shape[0] < SMALLEST:
+    packed = weight.is_mkldnn
+    if not packed and not _for_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if not (_is_matrix(rows) and _is_matrix(weight)):
+    if packed:
+        rows = rows if _is_matrix(rows) else rows.contiguous()
+    elif not (_is_matrix(rows) and _is_matrix(weight)):
         return F.linear(x, weight, bias)
-    y = _wide(rows, weight, bias)
+    y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
-
-
-def _wide(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
 def packed(weight: Tensor, like: Tensor) -> Tensor:
@@ -43,15 +39,16 @@ def packed(weight: Tensor, like: Tensor) -> Tensor:
 
     oneDNN would lay it out anew for each of them, which takes as long as the product of a hundred rows.
     """
-    size = like.numel() * weight.shape[0]
-    if not _for_onednn(like, weight) or size < SMALLEST or not _is_matrix(weight):
+    if not (_for_onednn(like, weight) and _is_matrix(weight)):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), like.numel() // like.shape[-1])
 
 
-def _for_onednn(*tensors: Tensor | None) -> bool:
-    """Whether a product of such tensors is oneDNN's."""
-    return not torch.compiler.is_compiling() and has_wider_onednn() and is_plain(*tensors)
+def _for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether a product of such tensors is oneDNN's, as far as it does not depend on how they lie in memory."""
+    if torch.compiler.is_compiling() or not has_wider_onednn() or not is_plain(x, weight, bias):
+        return False
+    return x.numel() * weight.shape[0] >= SMALLEST
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

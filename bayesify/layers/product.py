@@ -138,9 +138,12 @@ class _Product(torch.autograd.Function):
         d_x: Tensor | None = None
         d_weight: Tensor | None = None
         chunks = [slice(0, len(x))] if differentiable else _chunks(x, weight, ctx.linear)
-        laid_out = ctx.linear.laid_out(weight, grad[chunks[0]], len(chunks), backward=True) if of_x or of_s else None
+        again = of_r and not by_output
+        forth = ctx.linear.laid_out(weight, x[chunks[0]], len(chunks)) if again else weight
+        back = ctx.linear.laid_out(weight, grad[chunks[0]], len(chunks), backward=True) if of_x or of_s else None
         for rows in chunks:
             g, part = grad[rows], x[rows]
+            scaled = _times(part, s, rows) if of_weight or again else part
             if of_bias or at_once:
                 total = _sum_like(g, bias if r is None or (bias is not None and bias.numel() > r.numel()) else r, rows)
                 if of_bias:
@@ -148,23 +151,22 @@ class _Product(torch.autograd.Function):
                 if at_once:
                     sums.add(_sum_like(total, r, rows), r)
             if of_r:
-                other = cast(Tensor, out)[rows] if by_output else ctx.linear(_times(part, s, rows), weight)
+                other = ctx.linear(scaled, forth) if again else cast(Tensor, out)[rows]
                 if by_output and bias is not None and not at_once:
                     other = other - cast(Tensor, _part(bias, rows))
                 d_r.add(_sum_like(g * other, r, rows), r)
             if not (of_x or of_weight or of_s):
                 continue
-            scaled = _times(part, s, rows) if of_weight else part
-            back, d_weight = ctx.linear.gradients(_times(g, r, rows), scaled, weight, laid_out, of_weight, d_weight)
+            d_scaled, d_weight = ctx.linear.gradients(_times(g, r, rows), scaled, weight, back, of_weight, d_weight)
             if of_s:
-                d_s.add(_sum_like(back * part, s, rows), s)
+                d_s.add(_sum_like(d_scaled * part, s, rows), s)
             if of_x and differentiable:
-                d_x = _times(back, s, rows)
+                d_x = _times(d_scaled, s, rows)
             elif of_x and len(chunks) == 1:
-                d_x = _finish(back, s, None, rows, back)
+                d_x = _finish(d_scaled, s, None, rows, d_scaled)
             elif of_x:
-                d_x = _empty_rows(len(x), back) if d_x is None else d_x
-                _finish(back, s, None, rows, d_x[rows])
+                d_x = _empty_rows(len(x), d_scaled) if d_x is None else d_x
+                _finish(d_scaled, s, None, rows, d_x[rows])
         of_r_sum = d_r.value()
         if by_output and of_r_sum is not None:
             if at_once:
