@@ -43,7 +43,8 @@ class PointwiseConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if is_plain(input, self.weight, self.bias) and is_pointwise(input, self.weight, _ONE_BY_ONE, single=True):
-            return pointwise(input, self.weight, None if self.bias is None else self.bias.view(-1, 1, 1), None, None)
+            bias = None if self.bias is None else self.bias.view(-1, 1, 1)
+            return pointwise(input, self.weight, bias, None, None, _ONE_BY_ONE)
         return super().forward(input)
 
 

@@ -18,13 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from bayesify.cost import costs
+from bayesify.layers import by_row
 from bayesify.layers.maps import Convolution, Map
 from bayesify.layers.pointwise import is_pointwise, pointwise
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 16 << 20
 """Size of what a chunk of rows makes on the way: near the cache that cores share."""
 SMALLEST_DIVISOR = 1e-5
 """Where |r| is smaller, dividing by it would lose the gradient of r, and y is computed anew; see also below."""
+
+LARGE_ROW_BYTES = 256 << 10
+"""Size of a row, in and out, from which a call for each costs little beside its arithmetic."""
 
 
 def product(
@@ -54,8 +58,8 @@ def product(
             return product(x, weight, bias, s, r, linear, single)
     if isinstance(linear, Convolution) and linear.is_depthwise(x, weight) and s is not None:
         s, r = None, s if r is None else s * r  # channels stay apart: one pass instead of two
-    if is_pointwise(x, weight, linear, single):
-        return pointwise(x, weight, bias, s, r)
+    if is_pointwise(x, weight, linear, single, s, r):
+        return pointwise(x, weight, bias, s, r, linear)
     tensors = (x, weight, bias, s, r)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return cast(Tensor, _Product.apply(*tensors, linear, single))
@@ -128,9 +132,11 @@ class _Product(torch.autograd.Function):
         x, weight, bias, s, r = ctx.saved_tensors
         of_x, of_weight, of_bias, of_s, of_r, *_ = ctx.needs_input_grad
         out, ctx.out = ctx.out, None
+        differentiable = torch.is_grad_enabled()
+        if of_s and not (of_x or differentiable) and _is_first(x, weight, grad, ctx.linear):
+            return _of_first(ctx, grad)
         if out is not None and (out._version != ctx.version or bool((r.abs() < _smallest_divisor(out.dtype)).any())):
             out = None
-        differentiable = torch.is_grad_enabled()
         by_output = of_r and out is not None and not differentiable
         # Σ g (out − b) as Σ g out − b Σ g costs no pass over the rows, but digits that half precision does not have.
         at_once = by_output and bias is not None and cast(Tensor, out).element_size() > 2
@@ -175,13 +181,48 @@ class _Product(torch.autograd.Function):
         return d_x, d_weight, d_bias.value(), d_s.value(), of_r_sum, None, None
 
 
+def _is_first(x: Tensor, weight: Tensor, grad: Tensor, linear: Map) -> bool:
+    """Whether this is a convolution of large images by a small weight, so that `_of_first` costs less."""
+    if not isinstance(linear, Convolution) or linear.groups != 1 or linear.transposed or x.device.type != "cpu":
+        return False
+    row = (x.numel() + grad.numel()) // max(len(x), 1)
+    return row * x.element_size() >= LARGE_ROW_BYTES and weight.numel() <= 2 * row
+
+
+def _of_first(ctx: Any, grad: Tensor) -> Any:
+    """Gradients where none of x is wanted, from those of the weights of rows, one after the other: in place of
+    gradients of x, which with few channels cost several times as much, and of passes over the rows."""
+    x, weight, bias, s, r = ctx.saved_tensors
+    _, of_weight, of_bias, of_s, of_r, _, _ = ctx.needs_input_grad
+    matrix, taps = weight.flatten(1), weight[0, 0].numel()
+    d_weight, d_s, d_r = (_Gradient() for _ in range(3))
+    for n in range(len(x)):
+        row = slice(n, n + 1)
+        own_s = cast(Tensor, _part(s, row)).flatten(1).repeat_interleave(taps, 1)
+        own_r = None if r is None else cast(Tensor, _part(r, row)).flatten(1)
+        _, of_row = ctx.linear.gradients(grad[row], x[row], weight, None, True, None)
+        of_row = cast(Tensor, of_row).flatten(1).unsqueeze(0)
+        of_matrix, of_own_s, of_own_r = by_row.gradients(of_row, matrix, own_s, own_r, (of_weight, of_s, of_r))
+        d_weight.add(of_matrix, weight[:1])
+        d_s.add(cast(Tensor, of_own_s).unflatten(1, (-1, taps)).sum(2), s)
+        d_r.add(of_own_r, r)
+    d_bias = _sum_like(grad, bias, slice(None)) if of_bias else None
+    of_weight, of_s, of_r = (
+        None if (total := d.value()) is None else total.view_as(v)
+        for d, v in ((d_weight, weight), (d_s, s), (d_r, cast(Tensor, r)))
+    )
+    return None, of_weight, d_bias, of_s, of_r, None, None
+
+
 class _Gradient:
     """A gradient of a vector that is put together from chunks of rows: side by side, or summed where rows share it."""
 
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
 
-    def add(self, part: Tensor, like: Tensor | None) -> None:
+    def add(self, part: Tensor | None, like: Tensor | None) -> None:
+        if part is None:
+            return
         if self.parts and len(cast(Tensor, like)) == 1:
             self.parts[0] = self.parts[0] + part
         else:

@@ -125,7 +125,7 @@ def test_convolutions_of_one_by_one(bias: bool, monkeypatch: pytest.MonkeyPatch)
     assert type(faster) is PointwiseConv2d
     calls: list[int] = []
     bmm = torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *args: calls.append(1) or bmm(*args))
+    monkeypatch.setattr(torch, "bmm", lambda *args, **options: calls.append(1) or bmm(*args, **options))
     x = torch.randn(3, 4, 9, 8)
     torch.testing.assert_close(faster(x), plain(x))
     assert not calls, "laying small images out anew costs little"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ MAPS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], int, int]] = {
     # map, shape of x, shape of W, channels out, channel dimension
     "dense": (DENSE, (N, 6), (5, 6), 5, -1),
     "tokens": (DENSE, (N, 7, 6), (5, 6), 5, -1),
+    "positions": (DENSE, (N, 4, 4, 6), (5, 6), 5, -1),
     "images": (convolution(), (N, 6, 5, 5), (4, 6, 3, 3), 4, 1),
     "pointwise": (convolution(padding=0), (N, 6, 5, 5), (4, 6, 1, 1), 4, 1),
     "strided": (convolution(stride=2), (N, 6, 5, 5), (4, 6, 3, 3), 4, 1),
@@ -38,6 +39,15 @@ MAPS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], int, int]] = {
     "transposed": (convolution(stride=2, transposed=True), (N, 6, 5, 5), (6, 4, 3, 3), 4, 1),
     "transposed, grouped": (convolution(groups=2, transposed=True), (N, 6, 5, 5), (6, 2, 3, 3), 4, 1),
 }  # fmt: skip
+
+
+POINTWISE = ("positions", "pointwise")
+
+
+@pytest.fixture(autouse=True)
+def blas_is_as_wide_as_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that tests take the same ways on all processors."""
+    monkeypatch.setattr(pointwise, "has_wider_onednn", lambda: False)
 
 
 @pytest.fixture(params=[False, True], ids=["whole", "chunks"])
@@ -79,12 +89,34 @@ def test_values_and_gradients(name: str, rows: int, bias_rows: int, chunks: bool
     inputs = operands(name, rows, bias_rows)
     y = product(*inputs, linear, single=rows == 1)
     assert y is not None
-    assert is_pointwise(inputs[0], inputs[1], linear, single=False) == (name == "pointwise")
+    assert is_pointwise(*inputs[:2], linear, False, *inputs[3:]) == (name in POINTWISE)
     expected = plain(*inputs, linear)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(gradients(y, inputs), gradients(expected, inputs))
     with torch.no_grad():
         torch.testing.assert_close(product(*inputs, linear, single=rows == 1), expected.detach())
+
+
+@pytest.mark.parametrize(("rows", "bias_rows"), [(N, 1), (1, 1), (N, N)])
+@pytest.mark.parametrize("given", ["xWbsr", "Wbsr", "sr", "Wbs", "s"], ids=lambda names: f"of {names}")
+@pytest.mark.parametrize("name", ["images", "strided"])
+def test_gradients_of_a_first_convolution(
+    name: str, given: str, rows: int, bias_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose input wants none: they come from those of the weights of rows."""
+    calls: list[int] = []
+    of_first = module._of_first
+    monkeypatch.setattr(module, "LARGE_ROW_BYTES", 1)
+    monkeypatch.setattr(module, "_of_first", lambda *args: calls.append(1) or of_first(*args))
+    linear = MAPS[name][0]
+    inputs = [
+        value.requires_grad_(letter in given)
+        for letter, value in zip("xWbsr", operands(name, rows, bias_rows), strict=True)
+    ]
+    wanted = [value for value in inputs if value.requires_grad]
+    found = gradients(cast(Tensor, product(*inputs, linear, single=False)), wanted)
+    torch.testing.assert_close(found, gradients(plain(*inputs, linear), wanted))
+    assert len(calls) == ("x" not in given)
 
 
 @pytest.mark.parametrize("missing", [(), (3, 4)], ids=["both factors", "no factors"])
@@ -119,7 +151,7 @@ def test_a_weight_is_packed_once_for_all_chunks(
     assert packed == ([True, True] if chunks else [])
 
 
-@pytest.mark.parametrize("name", ["images", "pointwise", "depthwise"])
+@pytest.mark.parametrize("name", ["images", "pointwise", "positions", "depthwise"])
 @pytest.mark.parametrize("missing", [(2,), (3,), (4,), (2, 4), (3, 4)], ids=str)
 def test_what_is_missing_changes_nothing(missing: tuple[int, ...], name: str, chunks: bool) -> None:
     inputs: list[Any] = operands(name, N)
@@ -134,14 +166,14 @@ def test_what_is_missing_changes_nothing(missing: tuple[int, ...], name: str, ch
     torch.testing.assert_close(gradients(y, present), gradients(expected, present))
 
 
-@pytest.mark.parametrize("name", ["images", "pointwise", "depthwise"])
+@pytest.mark.parametrize("name", ["images", "pointwise", "positions", "depthwise"])
 @pytest.mark.parametrize("change", ["relu", "add", "none, r = 0"])
 def test_outputs_changed_in_place_and_factors_at_zero(change: str, name: str, chunks: bool) -> None:
     inputs = operands(name, N)
     linear = MAPS[name][0]
     if change.endswith("r = 0"):
         with torch.no_grad():
-            inputs[4][1, 2] = 0.0
+            inputs[4].flatten(1)[1, 2] = 0.0
 
     def after(y: Tensor | None) -> Tensor:
         assert y is not None
@@ -155,7 +187,7 @@ def test_outputs_changed_in_place_and_factors_at_zero(change: str, name: str, ch
     assert change == "relu" or found[4].abs().min() > 0
 
 
-@pytest.mark.parametrize("name", ["tokens", "grouped", "pointwise"])
+@pytest.mark.parametrize("name", ["tokens", "grouped", "pointwise", "positions"])
 def test_gradients_of_gradients(name: str) -> None:
     inputs = operands(name, N)
     assert torch.autograd.gradgradcheck(lambda *values: product(*values, MAPS[name][0], single=False), inputs)
@@ -173,6 +205,23 @@ def test_only_plain_convolutions_of_one_by_one_are_pointwise(change: dict[str, A
     assert not is_pointwise(x.to(memory_format=torch.channels_last), weight, linear, single=False)
     assert not is_pointwise(x[..., :1, :1].contiguous(), weight, linear, single=False), "folding would cost more"
     assert not is_pointwise(x, torch.ones(4, 4, 3, 3), linear, single=False)
+
+
+def test_dense_maps_of_many_positions_are_pointwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, _, s, r = (value.detach() for value in operands("positions", N))
+    assert is_pointwise(x, weight, DENSE, False, s, r)
+    assert is_pointwise(x, weight, DENSE, False, None, r)
+    assert not is_pointwise(x, weight, DENSE, False), "there are no passes to be saved"
+    assert not is_pointwise(x, weight, DENSE, True, s, r)
+    assert not is_pointwise(x[:, 0, 0].contiguous(), weight, DENSE, False, s[:, 0, 0], r[:, 0, 0])
+    assert not is_pointwise(x[:, :, :2].contiguous(), weight, DENSE, False, s, r), "folding would cost more"
+    assert not is_pointwise(x, weight, DENSE, False, s.expand(-1, 4, -1, -1), r), "positions differ in their factors"
+    assert not is_pointwise(x.half(), weight.half(), DENSE, False, s.half(), r.half())
+    monkeypatch.setattr(pointwise, "CHANNELS_OF_FACTORS", 1)
+    assert not is_pointwise(x, weight, DENSE, False, s, r), "gradients of factors alone would cost more"
+    assert is_pointwise(x, weight.requires_grad_(), DENSE, False, s, r)
+    monkeypatch.setattr(pointwise, "has_wider_onednn", lambda: True)
+    assert not is_pointwise(x, weight, DENSE, False, s, r)
 
 
 def test_one_weight_for_all_images_is_pointwise_where_images_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
