@@ -42,11 +42,11 @@ def is_pointwise(
         return False
     outputs, inputs = weight.shape[:2]
     sides = inputs + outputs
-    mixing, limit = weight.numel() / sides, CHANNELS
-    if torch.is_grad_enabled() and not weight.requires_grad:
-        limit = CHANNELS_OF_FACTORS
+    factors_alone = torch.is_grad_enabled() and not weight.requires_grad
     if isinstance(linear, Convolution):
-        if x.dim() != weight.dim() or not linear.is_one_by_one(weight) or mixing > limit:
+        if x.dim() != weight.dim() or not linear.is_one_by_one(weight):
+            return False
+        if weight.numel() > sides * (CHANNELS_OF_FACTORS if factors_alone else CHANNELS):
             return False
         if single and sides * x.numel() // inputs * x.element_size() < LARGE_BYTES:
             return False
@@ -54,7 +54,7 @@ def is_pointwise(
         # Where oneDNN is wider than BLAS, so is the product with one weight for all rows.
         if single or x.dim() < 3 or has_wider_onednn() or (s is None and r is None):
             return False
-        if not (_is_of_rows(s) and _is_of_rows(r)) or mixing > limit < CHANNELS:
+        if not (_is_of_rows(s) and _is_of_rows(r)) or (factors_alone and weight.numel() > sides * CHANNELS_OF_FACTORS):
             return False
     else:
         return False

@@ -28,7 +28,6 @@ CHUNK_BYTES = 8 << 20
 than the cache saves, twice as much a tenth more memory in a training step."""
 SMALLEST_DIVISOR = 1e-5
 """Where |r| is smaller, dividing by it would lose the gradient of r, and y is computed anew; see also below."""
-
 LARGE_ROW_BYTES = 256 << 10
 """Size of a row, in and out, from which a call for each costs little beside its arithmetic."""
 
@@ -185,7 +184,9 @@ class _Product(torch.autograd.Function):
 
 def _is_first(x: Tensor, weight: Tensor, grad: Tensor, linear: Map) -> bool:
     """Whether this is a convolution of large images by a small weight, so that `_of_first` costs less."""
-    if not isinstance(linear, Convolution) or linear.groups != 1 or linear.transposed or x.device.type != "cpu":
+    if not isinstance(linear, Convolution) or linear.groups != 1 or linear.transposed:
+        return False
+    if x.device.type != "cpu" or x.element_size() < 4:  # sums over rows would round in half precision
         return False
     row = (x.numel() + grad.numel()) // max(len(x), 1)
     return row * x.element_size() >= LARGE_ROW_BYTES and weight.numel() <= 2 * row
@@ -240,8 +241,8 @@ class _Gradient:
 
 
 def _chunks(x: Tensor, weight: Tensor, linear: Map) -> list[slice]:
-    """Rows that are computed at once: all, or as many as make temporary tensors of about CHUNK_BYTES, and no fewer bytes
-    than the weight has, which every chunk reads."""
+    """Rows that are computed at once: all, or as many as make temporary tensors of about CHUNK_BYTES, and about twice
+    the bytes of the weight, which every chunk reads."""
     count = len(x)
     if x.device.type == "cpu" and x.dim() > 1:
         row = x.element_size() * (x.numel() // max(count, 1)) * max(1.0, linear.growth(weight))

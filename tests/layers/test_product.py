@@ -117,6 +117,8 @@ def test_gradients_of_a_first_convolution(
     found = gradients(cast(Tensor, product(*inputs, linear, single=False)), wanted)
     torch.testing.assert_close(found, gradients(plain(*inputs, linear), wanted))
     assert len(calls) == ("x" not in given)
+    half = [value.detach().bfloat16() for value in inputs[:2]]
+    assert not module._is_first(*half, half[0], linear), "sums over rows would round"
 
 
 @pytest.mark.parametrize("missing", [(), (3, 4)], ids=["both factors", "no factors"])
