@@ -198,14 +198,14 @@ def _of_first(ctx: Any, grad: Tensor) -> Any:
     x, weight, bias, s, r = ctx.saved_tensors
     _, of_weight, of_bias, of_s, of_r, _, _ = ctx.needs_input_grad
     matrix, taps = weight.flatten(1), weight[0, 0].numel()
+    for_taps, of_outputs = s.flatten(1).repeat_interleave(taps, 1), None if r is None else r.flatten(1)
     d_weight, d_s, d_r = (_Gradient() for _ in range(3))
     for n in range(len(x)):
         row = slice(n, n + 1)
-        own_s = cast(Tensor, _part(s, row)).flatten(1).repeat_interleave(taps, 1)
-        own_r = None if r is None else cast(Tensor, _part(r, row)).flatten(1)
         _, of_row = ctx.linear.gradients(grad[row], x[row], weight, None, True, None)
         of_row = cast(Tensor, of_row).flatten(1).unsqueeze(0)
-        of_matrix, of_own_s, of_own_r = by_row.gradients(of_row, matrix, own_s, own_r, (of_weight, of_s, of_r))
+        factors = _part(for_taps, row), _part(of_outputs, row)
+        of_matrix, of_own_s, of_own_r = by_row.gradients(of_row, matrix, *factors, (of_weight, of_s, of_r))
         d_weight.add(of_matrix, weight[:1])
         d_s.add(cast(Tensor, of_own_s).unflatten(1, (-1, taps)).sum(2), s)
         d_r.add(of_own_r, r)
