@@ -22,7 +22,7 @@ from bayesify.layers.linear import fold_matrix
 from bayesify.layers.maps import DENSE
 from bayesify.layers.product import product, scratch
 from bayesify.layers.registry import Rank1Layer, bias_of, is_exact, original_class, rank1
-from bayesify.layers.scan import lstm, scan
+from bayesify.layers.scan import scan, signs
 from bayesify.layers.site import AdditiveSite, Site, repeat_rows
 
 State = Any
@@ -92,6 +92,12 @@ class _Recurrent(Rank1Layer):
 # ------------------------------------------------------------------------------------------------ one step
 
 
+def _lstm(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    i, f, g, o = (gx + gh).chunk(4, -1)
+    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
 def _gru(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     (xr, xz, xn), (hr, hz, hn) = gx.chunk(3, -1), gh.chunk(3, -1)
     z = (xz + hz).sigmoid()
@@ -110,7 +116,7 @@ def _relu(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ..
 def _step(layer: nn.Module) -> Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """The arithmetic after the gate kernels: gates from x, gates from h, old state -> new state (h first)."""
     if isinstance(layer, (nn.LSTM, nn.LSTMCell)):
-        return lstm
+        return _lstm
     if isinstance(layer, (nn.GRU, nn.GRUCell)):
         return _gru
     return _tanh if layer.nonlinearity == "tanh" else _relu
@@ -178,13 +184,13 @@ class _Rank1RNN(_Recurrent):
                 )
 
     def _scans(self, input: Tensor | PackedSequence) -> bool:
-        """Whether, in inference, all rows go through one operation: with one row a draw, folding costs more."""
+        """Whether, in inference, all rows go through one operation: with a row or two a draw, folding costs more."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False
         if self.draws == 1 or not isinstance(input, Tensor) or input.device.type != "cpu":
             return False
-        one_each = input.shape[0 if self.batch_first else 1] == self.draws
-        return one_each and self._scannable and is_exact(original_class(type(self)))
+        few = input.shape[0 if self.batch_first else 1] <= 2 * self.draws
+        return few and self._scannable and is_exact(original_class(type(self)))
 
     @property
     def _scannable(self) -> bool:
@@ -315,14 +321,18 @@ class _Rank1RNN(_Recurrent):
             return None
         if torch.is_autocast_enabled(data.device.type) or any(part.dtype != data.dtype for part in state):
             return None
+        if data.dtype not in (torch.float32, torch.float64):
+            return None
         ih, hh = kernels["ih"], kernels["hh"]
-        bias = None if ih.bias is None or hh.bias is None else ih.bias + hh.bias
-        s, r, bias = (None if v is None else v.unsqueeze(0) for v in (ih.s, ih.r, bias))
+        of_gates = signs(hh.weight.shape[1], data).unsqueeze(0)
+        bias = None if ih.bias is None or hh.bias is None else (ih.bias + hh.bias) * of_gates
+        r_of_x, r = (of_gates if v is None else v * of_gates for v in (ih.r, hh.r))
+        s, r_of_x, bias = (None if v is None else v.unsqueeze(0) for v in (ih.s, r_of_x, bias))
         x = data.unflatten(0, (len(sizes), rows)).contiguous()
-        gates = product(x, ih.weight, bias, s, r, DENSE, single=False)
+        gates = product(x, ih.weight, bias, s, r_of_x, DENSE, single=False)
         if gates is None:
             return None
-        output, final = scan(gates, hh.weight, hh.s, hh.r, (state[0], state[1]), reverse)
+        output, final = scan(gates, hh.weight, hh.s, r, (state[0], state[1]), reverse)
         return output.flatten(0, 1), final
 
     def _initial_state(self, hx: State, rows: int, order: Tensor | None, data: Tensor) -> tuple[Tensor, ...]:

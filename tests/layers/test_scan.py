@@ -11,19 +11,21 @@ from torch import Tensor, nn
 
 from bayesify import bayesify
 from bayesify.layers import scan as module
-from bayesify.layers.scan import PACKED_STEPS, lstm, scan
+from bayesify.layers.scan import PACKED_STEPS, TRANSPOSED_ROWS, scan, signs
 
 T, N, H = 5, 3, 4
 
 
-def operands(draws: int, steps: int = T, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    shapes = [(steps, N, 4 * H), (4 * H, H), (draws, H), (draws, 4 * H), (N, H), (N, H)]
+def operands(draws: int, steps: int = T, dtype: torch.dtype = torch.float64, rows: int = N) -> list[Tensor]:
+    shapes = [(steps, rows, 4 * H), (4 * H, H), (draws, H), (draws, 4 * H), (rows, H), (rows, H)]
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
 def scanned(reverse: bool, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, s, r, h, c = tensors
-    output, (h, c) = scan(x, weight, s, r, (h, c), reverse)
+    of_gates = signs(H, x)
+    r = of_gates.unsqueeze(0) if r is None else r * of_gates
+    output, (h, c) = scan(x * of_gates, weight, s, r, (h, c), reverse)
     return output, h, c
 
 
@@ -32,7 +34,9 @@ def looped(reverse: bool, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
     outputs = []
     for step in reversed(x.unbind()) if reverse else x.unbind():
         y = (h if s is None else h * s) @ weight.t()
-        h, c = lstm(step, y if r is None else y * r, (h, c))
+        i, f, g, o = (step + (y if r is None else y * r)).chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
         outputs.append(h)
     return torch.stack(outputs[::-1] if reverse else outputs), h, c
 
@@ -66,9 +70,14 @@ def test_values_and_gradients(
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-def test_many_steps_in_single_precision(reverse: bool) -> None:
-    """Whose weight is packed for oneDNN, where there is one."""
-    inputs = operands(N, PACKED_STEPS, torch.float32)
+@pytest.mark.parametrize("rows", [N, TRANSPOSED_ROWS], ids=["few-rows", "many-rows"])
+@pytest.mark.parametrize("wider", [False, True], ids=["blas", "onednn"])
+def test_many_steps_in_single_precision(reverse: bool, rows: int, wider: bool, monkeypatch: Any) -> None:
+    """Whose weight is laid out anew for all steps."""
+    if wider and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch has no oneDNN here")
+    monkeypatch.setattr(module, "has_wider_onednn", lambda: wider)
+    inputs = operands(rows, PACKED_STEPS, torch.float32, rows)
     expected = looped(reverse, *inputs)
     with torch.no_grad():
         torch.testing.assert_close(scanned(reverse, *inputs), expected)
@@ -83,6 +92,28 @@ def test_many_steps_in_single_precision(reverse: bool) -> None:
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_gradients_of_gradients(reverse: bool) -> None:
     assert torch.autograd.gradgradcheck(lambda *tensors: scanned(reverse, *tensors), operands(N))
+
+
+@pytest.mark.parametrize("examples", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}], ids=["forward", "both-directions"])
+def test_few_and_more_examples_are_predicted_alike(examples: int, options: dict[str, Any]) -> None:
+    """With few rows a draw all are scanned at once, with more each draw is folded."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(3, 4, num_layers=2, batch_first=True, **options)
+            self.head = nn.Linear(8 if options else 4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.lstm(x)[0].mean(1))
+
+    bnn = bayesify(Network(), members=2).eval()
+    x = torch.randn(examples, PACKED_STEPS, 3)
+    with torch.no_grad():
+        probabilities = torch.stack([bnn.merge(member)(x).softmax(-1) for member in range(2)])
+        torch.testing.assert_close(bnn(x), probabilities.mean(0).log())
+    assert not torch.allclose(probabilities[0], probabilities[1], atol=1e-4)
 
 
 def test_training_keeps_no_more_than_the_fused_kernel() -> None:
