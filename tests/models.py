@@ -144,6 +144,12 @@ def _timm(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
     return build
 
 
+def _mixer() -> nn.Module:
+    from timm.models.mlp_mixer import MlpMixer
+
+    return MlpMixer(num_classes=7, img_size=64, patch_size=16, num_blocks=2, embed_dim=64)
+
+
 def _transformers(config: str, model: str, **kwargs: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import transformers
@@ -178,11 +184,15 @@ CASES = [
     ),
     Case("cnn", PlainCNN, _images(12)),
     Case("resnet18", _timm("resnet18"), _images(64)),
-    Case("convnext_atto", _timm("convnext_atto"), _images(64)),
-    Case("efficientnet_lite0", _timm("efficientnet_lite0"), _images(64)),
+    Case("convnext_atto", _timm("convnext_atto", depths=(1, 1, 2, 1), dims=(16, 24, 32, 48)), _images(64)),
+    Case("test_efficientnet", _timm("test_efficientnet"), _images(64)),
     Case("vit_tiny", _timm("vit_tiny_patch16_224", img_size=64, depth=3), _images(64)),
-    Case("swin_tiny", _timm("swin_tiny_patch4_window7_224", img_size=112, depths=(2, 2)), _images(112)),
-    Case("mixer", _timm("mixer_s32_224", img_size=64), _images(64)),
+    Case(
+        "swin_tiny",
+        _timm("swin_tiny_patch4_window7_224", img_size=112, depths=(2, 2), embed_dim=24, num_heads=(2, 4)),
+        _images(112),
+    ),
+    Case("mixer", _mixer, _images(64)),
     Case("test_nfnet", _timm("test_nfnet"), _images(64), merges=False),
     Case(
         "bert",

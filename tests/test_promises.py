@@ -358,7 +358,7 @@ def test_autocast_trains(case: Case) -> None:
 
 
 CHECKPOINTING = [
-    "resnet18", "convnext_atto", "efficientnet_lite0", "vit_tiny", "swin_tiny", "mixer",
+    "resnet18", "convnext_atto", "test_efficientnet", "vit_tiny", "swin_tiny", "mixer",
     "bert", "distilbert", "gpt2", "llama", "t5", "vit_hf", "wav2vec2",
 ]  # fmt: skip
 
@@ -444,7 +444,7 @@ def test_distributed_data_parallel_changes_nothing(case: Case, process_group: No
         torch.testing.assert_close(found_gradients[f"module.{name}"], gradient)
 
 
-@some_cases("resnet18", "convnext_atto", "efficientnet_lite0", "vit_tiny", "swin_tiny", "mixer", "test_nfnet")
+@some_cases("resnet18", "convnext_atto", "test_efficientnet", "vit_tiny", "swin_tiny", "mixer", "test_nfnet")
 @torch.no_grad()
 def test_timm_methods_still_work(case: Case) -> None:
     model = case.model()

@@ -112,7 +112,8 @@ def test_a_task_that_the_network_learns_from_its_labels() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_adapters_of_peft_do_not_hide_the_task() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     adapted = peft.get_peft_model(writer("mistral"), peft.LoraConfig(target_modules=["q_proj"]))
     assert bayesify(adapted, members=2).task == "classification"
 
