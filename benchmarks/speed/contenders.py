@@ -179,7 +179,8 @@ def torch_uncertainty(network: Network, base: nn.Module, inputs: Any, members: i
     """BatchEnsemble layers: deterministic factors."""
     from torch_uncertainty.methods import batch_ensemble  # type: ignore[import-not-found]
 
-    model = batch_ensemble(copy.deepcopy(base), num_estimators=members, convert_layers=True).eval()  # or it repeats nothing
+    model = batch_ensemble(copy.deepcopy(base), num_estimators=members, convert_layers=True)
+    model.eval()  # or it repeats nothing
     return _no_grad(lambda: network.call(model, inputs))
 
 
