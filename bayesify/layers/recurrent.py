@@ -189,7 +189,7 @@ class _Rank1RNN(_Recurrent):
             return False
         if self.draws == 1 or not isinstance(input, Tensor) or input.device.type != "cpu":
             return False
-        few = input.shape[0 if self.batch_first else 1] <= 2 * self.draws
+        few = input.shape[0 if self.batch_first else 1] in (self.draws, 2 * self.draws)
         return few and self._scannable and is_exact(original_class(type(self)))
 
     @property
