@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesify.layers.matmul import has_wider_onednn, is_plain
+from bayesify.layers.matmul import linear, packed
 
 BLOCK_BYTES = 1 << 20
 """Size of the gates of a block of steps: of the order of a core's cache."""
@@ -78,7 +78,7 @@ def _without_gradients(
 ) -> tuple[Tensor, Tensor]:
     output = x.new_empty(*x.shape[:2], weight.shape[1])
     gates, scaled, c, u = torch.empty_like(x[0]), torch.empty_like(h), c.clone(), torch.empty_like(c)
-    step, across, parts = _Step(r), _across(weight, *x.shape[:2]), gates.chunk(4, -1)
+    step, across, parts = _Step(r), _across(weight, len(x), h), gates.chunk(4, -1)
     inputs, outputs = x.unbind(), output.unbind()
     for t in _order(len(x), reverse):
         y = across(h if s is None else torch.mul(h, s, out=scaled))
@@ -87,16 +87,15 @@ def _without_gradients(
     return output, c
 
 
-def _across(matrix: Tensor, steps: int, rows: int) -> Callable[[Tensor], Tensor]:
-    """x ↦ x Mᵀ of contiguous rows, for M [out, in] that many steps share."""
-    if steps >= PACKED_STEPS:
-        if has_wider_onednn() and is_plain(matrix.detach()):
-            # which a plain LSTM runs in, and which multiplies few rows in a third to a half of the time of BLAS there
-            packed = torch.ops.mkldnn._reorder_linear_weight(matrix.detach().contiguous(), rows)
-            return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-        if rows >= TRANSPOSED_ROWS:
-            matrix = matrix.t().contiguous().t()
+def _across(matrix: Tensor, steps: int, like: Tensor) -> Callable[[Tensor], Tensor]:
+    """x ↦ x Mᵀ of contiguous rows such as `like` [N, in], for M [out, in] that many steps share."""
     transposed = matrix.t()
+    if steps >= PACKED_STEPS:
+        laid_out = packed(matrix, like)
+        if laid_out is not matrix:
+            return lambda x: linear(x, laid_out)
+        if len(like) >= TRANSPOSED_ROWS:
+            transposed = transposed.contiguous()
     return lambda x: torch.mm(x, transposed)
 
 
@@ -139,7 +138,7 @@ class _Scan(torch.autograd.Function):
         of_r = ctx.needs_input_grad[3]
         gates, us = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(steps, rows, size)
         output, cells = torch.empty_like(us), torch.empty_like(us)
-        step, across, scaled, old_h, old_c = _Step(r), _across(weight, steps, rows), torch.empty_like(h), h, c
+        step, across, scaled, old_h, old_c = _Step(r), _across(weight, steps, h), torch.empty_like(h), h, c
         products: list[Tensor] = []
         parts = list(zip(*(part.unbind() for part in gates.chunk(4, -1)), strict=True))
         of_steps = list(
@@ -163,24 +162,23 @@ class _Scan(torch.autograd.Function):
         x, weight, s, r, h, c, output, gates, cells, us, *products = ctx.saved_tensors
         reverse: bool = ctx.reverse
         of_x, of_weight, of_s, of_r, _, _, _ = ctx.needs_input_grad
-        steps, rows = x.shape[:2]
-        size = weight.shape[1]
-        across = _across(weight.t(), steps, rows)
+        steps, size = len(x), weight.shape[1]
+        across = _across(weight.t(), steps, gates[0])
         d_x = torch.empty_like(gates) if of_x else None
         d_weight = torch.zeros_like(weight) if of_weight else None
         d_s = torch.zeros_like(h) if of_s else None
         d_r = torch.zeros_like(gates[0]) if of_r else None
-        before = torch.zeros_like(h)  # there is no output before the first step
+        nothing = torch.zeros_like(h)  # there is no output before the first step
         d_h, d_c = grad[0 if reverse else -1].clone(), grad_last.clone()
         of_ifg_by_c = d_c.unsqueeze(1)
         for block in _blocks(steps, gates[0], reverse):
             old_h, old_c = _before(output, block, h, reverse), _before(cells, block, c, reverse)
-            of_outputs = _before(grad, block, before, reverse)
             slopes = torch.empty_like(gates[block]) if d_x is None else d_x[block]
-            of_c = _slopes(gates[block], old_c, output[block], us[block], slopes)
-            back, (of_ifg, of_o) = torch.empty_like(slopes), slopes.unflatten(-1, (4, size)).split([3, 1], 2)
-            f = gates[block].chunk(4, -1)[1]
-            tensors = (of_outputs, old_h, of_c, of_ifg, of_o.squeeze(2), f, slopes, back)
+            tanh_slopes = _slopes(gates[block], old_c, output[block], us[block], slopes)
+            by_c, by_h = slopes.unflatten(-1, (4, size)).split([3, 1], 2)
+            forget, back = gates[block].chunk(4, -1)[1], torch.empty_like(slopes)
+            grads = _before(grad, block, nothing, reverse)
+            tensors = (grads, old_h, tanh_slopes, by_c, by_h.squeeze(2), forget, slopes, back)
             # Views, made at once: to index takes longer than to multiply.
             of_steps = list(zip(*(t.unbind() for t in tensors), strict=True))
             for earlier, old, of_c, of_ifg, of_o, f, slope, scaled in of_steps if reverse else reversed(of_steps):
