@@ -43,7 +43,7 @@ def _timm(name: str, size: int) -> Case:
     return Case(name, build, lambda: (torch.randn(2, 3, size, size),))
 
 
-BY_NAME = {case.name: case for case in [*CASES, _timm("test_efficientnet", 32), _timm("test_resnet", 32)]}
+BY_NAME = {case.name: case for case in [*CASES, _timm("test_resnet", 32)]}
 
 
 def some_cases(*names: str) -> Any:
