@@ -1,4 +1,4 @@
-"""Products in oneDNN: equal to torch's own, for whatever lies in memory in whatever way."""
+"""Products in oneDNN and as columns: equal to torch's own, for whatever lies in memory in whatever way."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +87,54 @@ def test_other_tensors_are_multiplied_by_torch(in_onednn: list[int]) -> None:
     of_each = torch.func.vmap(matmul.linear, (None, 0))(x, torch.stack([w, 2 * w]))
     torch.testing.assert_close(of_each[1], 2 * of_each[0])
     assert not in_onednn
+
+
+FEW: dict[str, Callable[[], Tensor]] = {
+    "rows": lambda: torch.randn(8, IN),
+    "columns": lambda: torch.randn(IN, 8).t(),
+    "three dimensions": lambda: torch.randn(4, 3, IN),
+    "three dimensions, transposed": lambda: torch.randn(3, 4, IN).transpose(0, 1),
+    "one row, expanded": lambda: torch.randn(1, IN).expand(24, IN),
+}
+
+
+@pytest.fixture
+def by_columns(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """BLAS is as wide, and every weight large; gives the inputs that were multiplied as columns."""
+    monkeypatch.setattr(matmul, "has_wider_onednn", lambda: False)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(matmul, "LARGE_WEIGHT", IN * OUT)
+    inputs: list[Tensor] = []
+    own = matmul._by_columns
+
+    def noted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        inputs.append(x)
+        return own(x, weight, bias)
+
+    monkeypatch.setattr(matmul, "_by_columns", noted)
+    return inputs
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("inputs", FEW)
+def test_few_rows_as_columns(inputs: str, with_bias: bool, by_columns: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    x, w, b = FEW[inputs](), torch.randn(OUT, IN), torch.randn(OUT) if with_bias else None
+    found = matmul.linear(x, w, b)
+    expected = F.linear(x.double(), w.double(), None if b is None else b.double()).float()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    assert found.is_contiguous(), "networks look at it in another shape"
+    assert len(by_columns) == 1
+
+
+def test_other_products_are_not_of_columns(by_columns: list[Tensor]) -> None:
+    x, w = torch.randn(8, IN), torch.randn(OUT, IN)
+    for rows in (x[:7], x.repeat(4, 1)):
+        assert torch.equal(matmul.linear(rows, w), F.linear(rows, w))
+    for weight in (w[1:], torch.randn(IN, OUT).t(), nn.Parameter(w)):  # small, transposed, with a gradient
+        assert torch.equal(matmul.linear(x, weight), F.linear(x, weight))
+    assert torch.equal(matmul.linear(x.double(), w.double()), F.linear(x.double(), w.double()))
+    assert not by_columns
 
 
 def test_a_layer_exports_as_a_plain_one() -> None:
