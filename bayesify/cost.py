@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 FILE = Path(__file__).with_name("cost.json")
+_REMEMBERED = 1024
+"""Number of sizes of inputs for which a choice is kept: those of a decoder grow with each token."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Workload:
 
     sites: Mapping[str, Work]
     shared: Mapping[str, Work]
+    _at_once: dict[tuple[int, float, bool], int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def seconds(self, members: int, at_once: int, examples: float, single: bool, machine: Costs | None = None) -> float:
         """Of K members, so many of them at once.
@@ -118,7 +121,13 @@ class Workload:
 
     def members_at_once(self, members: int, examples: float, single: bool) -> int:
         """How many members to compute at once."""
-        return min(divisors(members), key=lambda count: self.seconds(members, count, examples, single))
+        sizes = (members, examples, single)
+        if sizes not in self._at_once:
+            if len(self._at_once) == _REMEMBERED:
+                self._at_once.clear()
+            choices = divisors(members)
+            self._at_once[sizes] = min(choices, key=lambda count: self.seconds(members, count, examples, single))
+        return self._at_once[sizes]
 
 
 def divisors(members: int) -> list[int]:

@@ -38,17 +38,19 @@ def is_pointwise(
         single: whether all rows share one weight, so that there are no passes to be saved.
         s, r: of the shapes that broadcast with x and y.
     """
-    if x.device.type != "cpu" or x.element_size() < 4 or not x.numel() or not x.is_contiguous():
-        return False
-    outputs, inputs = weight.shape[:2]
+    (outputs, inputs, *_), elements = weight.shape, x.numel()
     sides = inputs + outputs
+    if not elements or POSITIONS * weight.numel() > sides * (elements // (x.shape[0] * inputs)):
+        return False
+    if x.device.type != "cpu" or x.element_size() < 4 or not x.is_contiguous():
+        return False
     factors_alone = torch.is_grad_enabled() and not weight.requires_grad
     if isinstance(linear, Convolution):
         if x.dim() != weight.dim() or not linear.is_one_by_one(weight):
             return False
         if weight.numel() > sides * (CHANNELS_OF_FACTORS if factors_alone else CHANNELS):
             return False
-        if single and sides * x.numel() // inputs * x.element_size() < LARGE_BYTES:
+        if single and sides * elements // inputs * x.element_size() < LARGE_BYTES:
             return False
     elif isinstance(linear, Dense):
         # Where oneDNN is wider than BLAS, so is the product with one weight for all rows.
@@ -58,7 +60,7 @@ def is_pointwise(
             return False
     else:
         return False
-    return POSITIONS * weight.numel() <= sides * (x.numel() // (len(x) * inputs))
+    return True
 
 
 def _is_of_rows(vector: Tensor | None) -> bool:

@@ -30,6 +30,8 @@ SMALLEST_DIVISOR = 1e-5
 """Where |r| is smaller, dividing by it would lose the gradient of r, and y is computed anew; see also below."""
 LARGE_ROW_BYTES = 256 << 10
 """Size of a row, in and out, from which a call for each costs little beside its arithmetic."""
+_ALL = slice(None)
+"""Rows that are one chunk, and need not be sliced: with few of them that would take longer than to multiply."""
 
 
 def product(
@@ -79,15 +81,16 @@ def _forward(
     if single and _smaller_weight(x, weight, s, r, linear):
         s, r, bias = (None if t is None else t.flatten() for t in (s, r, bias))
         return linear(x, linear.folded(weight, s, r, scratch([weight])[0]), bias)
-    out, chunks = None, _chunks(x, weight, linear)
-    laid_out = linear.laid_out(weight, x[chunks[0]], len(chunks))
+    chunks = _chunks(x, weight, linear)
+    if len(chunks) == 1:
+        y = linear(_times(x, s), weight)
+        return _finish(y, r, bias, y)
+    out, laid_out = None, linear.laid_out(weight, x[chunks[0]], len(chunks))
     for rows in chunks:
-        y = linear(_times(x[rows], s, rows), laid_out)
-        if len(y) == len(x):
-            return _finish(y, r, bias, rows, y)
+        y = linear(_times(x[rows], _part(s, rows)), laid_out)
         if out is None:
             out = _empty_rows(len(x), y)
-        _finish(y, r, bias, rows, out[rows])
+        _finish(y, _part(r, rows), _part(bias, rows), out[rows])
     return cast(Tensor, out)
 
 
@@ -97,9 +100,8 @@ def _smaller_weight(x: Tensor, weight: Tensor, s: Tensor | None, r: Tensor | Non
     return costs().folds(weight.numel(), sides)
 
 
-def _finish(y: Tensor, r: Tensor | None, bias: Tensor | None, rows: slice, out: Tensor) -> Tensor:
+def _finish(y: Tensor, r: Tensor | None, bias: Tensor | None, out: Tensor) -> Tensor:
     """r ∘ y + b, written to `out`, which may be y."""
-    r, bias = _part(r, rows), _part(bias, rows)
     if r is not None:
         return torch.mul(y, r, out=out) if bias is None else torch.addcmul(bias, y, r, out=out)
     if bias is not None:
@@ -144,13 +146,14 @@ class _Product(torch.autograd.Function):
         d_bias, d_s, d_r, sums = (_Gradient() for _ in range(4))
         d_x: Tensor | None = None
         d_weight: Tensor | None = None
-        chunks = [slice(0, len(x))] if differentiable else _chunks(x, weight, ctx.linear)
+        chunks = [_ALL] if differentiable else _chunks(x, weight, ctx.linear)
         again = of_r and not by_output
-        forth = ctx.linear.laid_out(weight, x[chunks[0]], len(chunks)) if again else weight
-        back = ctx.linear.laid_out(weight, grad[chunks[0]], len(chunks), backward=True) if of_x or of_s else None
+        forth = ctx.linear.laid_out(weight, _part(x, chunks[0]), len(chunks)) if again else weight
+        first = _part(grad, chunks[0])
+        back = ctx.linear.laid_out(weight, first, len(chunks), backward=True) if of_x or of_s else None
         for rows in chunks:
-            g, part = grad[rows], x[rows]
-            scaled = _times(part, s, rows) if of_weight or again else part
+            g, part, of_part, of_out = (_part(t, rows) for t in (grad, x, s, r))
+            scaled = _times(part, of_part) if of_weight or again else part
             if of_bias or at_once:
                 total = _sum_like(g, bias if r is None or (bias is not None and bias.numel() > r.numel()) else r, rows)
                 if of_bias:
@@ -158,22 +161,22 @@ class _Product(torch.autograd.Function):
                 if at_once:
                     sums.add(_sum_like(total, r, rows), r)
             if of_r:
-                other = ctx.linear(scaled, forth) if again else cast(Tensor, out)[rows]
+                other = ctx.linear(scaled, forth) if again else _part(out, rows)
                 if by_output and bias is not None and not at_once:
-                    other = other - cast(Tensor, _part(bias, rows))
+                    other = other - _part(bias, rows)
                 d_r.add(_sum_like(g * other, r, rows), r)
             if not (of_x or of_weight or of_s):
                 continue
-            d_scaled, d_weight = ctx.linear.gradients(_times(g, r, rows), scaled, weight, back, of_weight, d_weight)
+            d_scaled, d_weight = ctx.linear.gradients(_times(g, of_out), scaled, weight, back, of_weight, d_weight)
             if of_s:
                 d_s.add(_sum_like(d_scaled * part, s, rows), s)
             if of_x and differentiable:
-                d_x = _times(d_scaled, s, rows)
+                d_x = _times(d_scaled, of_part)
             elif of_x and len(chunks) == 1:
-                d_x = _finish(d_scaled, s, None, rows, d_scaled)
+                d_x = _finish(d_scaled, s, None, d_scaled)
             elif of_x:
                 d_x = _empty_rows(len(x), d_scaled) if d_x is None else d_x
-                _finish(d_scaled, s, None, rows, d_x[rows])
+                _finish(d_scaled, of_part, None, d_x[rows])
         of_r_sum = d_r.value()
         if by_output and of_r_sum is not None:
             if at_once:
@@ -243,13 +246,15 @@ class _Gradient:
 def _chunks(x: Tensor, weight: Tensor, linear: Map) -> list[slice]:
     """Rows that are computed at once: all, or as many as make temporary tensors of about CHUNK_BYTES, and about twice
     the bytes of the weight, which every chunk reads."""
-    count = len(x)
-    if x.device.type == "cpu" and x.dim() > 1:
-        row = x.element_size() * (x.numel() // max(count, 1)) * max(1.0, linear.growth(weight))
-        limit = max(CHUNK_BYTES, 2 * _weight_bytes(weight))
-        if count * row > 1.5 * limit:
-            count = math.ceil(count / round(count * row / limit))
-    return [slice(start, min(start + count, len(x))) for start in range(0, max(len(x), 1), max(count, 1))]
+    total = x.shape[0]
+    size = x.element_size() * x.numel() * max(1.0, linear.growth(weight))
+    if size <= 1.5 * CHUNK_BYTES or x.device.type != "cpu" or x.dim() < 2:
+        return [_ALL]
+    limit = max(CHUNK_BYTES, 2 * _weight_bytes(weight))
+    if size <= 1.5 * limit:
+        return [_ALL]
+    count = math.ceil(total / round(size / limit))
+    return [slice(start, min(start + count, total)) for start in range(0, total, count)]
 
 
 _THREAD = threading.local()
@@ -274,17 +279,17 @@ def _weight_bytes(weight: Tensor) -> int:
     return weight.numel() * weight.element_size()
 
 
-def _part(vector: Tensor | None, rows: slice) -> Tensor | None:
-    return vector if vector is None or len(vector) == 1 else vector[rows]
+def _part(value: Any, rows: slice) -> Any:
+    """Rows of a tensor; of one that all rows share, or of none, itself."""
+    return value if value is None or rows is _ALL or value.shape[0] == 1 else value[rows]
 
 
-def _times(x: Tensor, vector: Tensor | None, rows: slice) -> Tensor:
-    part = _part(vector, rows)
-    return x if part is None else x * part
+def _times(x: Tensor, vector: Tensor | None) -> Tensor:
+    return x if vector is None else x * vector
 
 
 def _sum_like(value: Tensor, like: Tensor | None, rows: slice) -> Tensor:
-    return value.sum_to_size(cast(Tensor, _part(like, rows)).shape)
+    return value.sum_to_size(_part(like, rows).shape)
 
 
 def _empty_rows(rows: int, like: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class _Taken(threading.local):
 
 
 TAKEN = _Taken()
+_ALL = slice(None)
 
 
 class Site(nn.Module):
@@ -63,19 +64,24 @@ class Site(nn.Module):
     # ---------------------------------------------------------------------------- with the draw in force
 
     def product(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, linear: Map, dim: int = -1, part: slice = slice(None)
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, linear: Map, dim: int = -1, part: slice = _ALL
     ) -> Tensor:
         """The whole map, for x [N, ...] with its channels in dimension `dim`; `part` of the outputs, if not all."""
-        s, r, along = None, None, None
-        if self.s is not None:
-            s = self._rows(self.s.value(), x, dim)
-        if self.r is not None:
-            r = self._rows(self.r.value()[:, part], x, dim)
+        s, r, along, single = None, None, None, True
+        # Each part is looked up once: with few rows, what Python does costs as much as the arithmetic.
+        of_s, of_r = self.s, self.r
+        if of_s is not None:
+            draw = of_s.value()
+            s, single = self._rows(draw, x, dim), draw.shape[0] == 1
+        if of_r is not None:
+            draw = of_r.value()
+            single = single and draw.shape[0] == 1
+            r = self._rows(draw if part == _ALL else draw[:, part], x, dim)
         if bias is not None:
-            along = _along(bias, x, dim)
-            if self.own_bias is not None:
-                along = along + self._rows(self.own_bias.value()[:, part], x, dim)
-        y = product(x, weight, along, s, r, linear, single=self.rows == 1)
+            along, own_bias = _along(bias, x, dim), self.own_bias
+            if own_bias is not None:
+                along = along + self._rows(own_bias.value()[:, part], x, dim)
+        y = product(x, weight, along, s, r, linear, single)
         if y is None:
             y = linear(self.scale_inputs(x, dim), weight)
             y = self.scale_outputs(y, bias, dim, part)
@@ -85,7 +91,7 @@ class Site(nn.Module):
         """The perturbed inputs, with the channels of x [N, ...] in dimension `dim`."""
         return x if self.s is None else self.enter(x, self._rows(self.s.value(), x, dim))
 
-    def scale_outputs(self, y: Tensor, bias: Tensor | None, dim: int = -1, part: slice = slice(None)) -> Tensor:
+    def scale_outputs(self, y: Tensor, bias: Tensor | None, dim: int = -1, part: slice = _ALL) -> Tensor:
         """The perturbed outputs for y [N, ...] = W (…) without its bias, which is added; or a part of the outputs."""
         if bias is not None:
             bias = _along(bias.to(y.dtype), y, dim)
@@ -144,7 +150,7 @@ class AdditiveSite(Site):
         return y + r
 
     def product(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, linear: Map, dim: int = -1, part: slice = slice(None)
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, linear: Map, dim: int = -1, part: slice = _ALL
     ) -> Tensor:
         return self.scale_outputs(linear(self.scale_inputs(x, dim), weight), bias, dim, part)
 
@@ -171,10 +177,11 @@ def repeat_rows(draw: Tensor, rows: int) -> Tensor:
 
 def rows_of(draw: Tensor, x: Tensor, dim: int, batch_dim: int = 0) -> Tensor:
     """A draw [R, d] shaped to combine with x, whose d channels and N rows are in two dimensions, in the dtype of x."""
-    draw = repeat_rows(draw, x.shape[batch_dim]).to(x.dtype)
+    draw = repeat_rows(draw, x.shape[batch_dim])
+    draw = draw if draw.dtype == x.dtype else draw.to(x.dtype)
     shape = [1] * x.dim()
     shape[batch_dim], shape[dim] = draw.shape
-    return (draw if batch_dim <= dim % x.dim() else draw.t()).reshape(shape)
+    return (draw if batch_dim <= dim % x.dim() else draw.t()).view(shape)
 
 
 def _along(vector: Tensor, x: Tensor, dim: int) -> Tensor:
