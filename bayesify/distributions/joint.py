@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from bayesify.distributions.posteriors import POSTERIORS, Factor
+from bayesify.distributions.posteriors import POSTERIORS, Factor, LeastSize
 
 
 def alike(factors: Iterable[Factor]) -> list[list[Factor]]:
@@ -33,8 +33,9 @@ def side_by_side(groups: Iterable[list[Factor]]) -> list[tuple[Factor, list[Fact
 
 def hold_parts(parts: list[Factor], values: Tensor) -> None:
     """Give every part its share of values [R, Σ d]."""
+    least = LeastSize(values)
     for factor, value in zip(parts, values.split([factor.size for factor in parts], -1), strict=True):
-        factor.hold(value)
+        factor.hold(value, least)
 
 
 def _kind(factor: Factor) -> object:

@@ -7,7 +7,7 @@ constraints, `mean`, `noise` and `sample`, and what the KL needs: `entropy` and 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,23 @@ from bayesify.distributions.priors import SCALE_FLOOR, Prior, inverse_softplus
 
 CLIP = 10.0
 """Draws are clipped to ±CLIP before use, as published (it exists for Cauchy tails); the KL is not clipped."""
+
+
+class LeastSize:
+    """The smallest |f| among the draws of many factors, found when it is first asked for.
+
+    To ask a GPU is to wait for all that it has to do, which each layer in its turn should not.
+    """
+
+    def __init__(self, draws: Tensor) -> None:
+        self._draws = draws.detach()
+        self._found: float | None = None
+
+    def __call__(self) -> float:
+        if self._found is None:
+            draws = self._draws
+            self._found = float(draws.abs().min()) if draws.numel() else math.inf
+        return self._found
 
 
 class Factor(Held):
@@ -37,6 +54,8 @@ class Factor(Held):
     random: ClassVar[bool] = True
     loc: Tensor
     held: Tensor | None
+    least: LeastSize | None = None
+    """Of the draw in force and of others."""
 
     def __init__(self, init: Tensor, spread: float, prior: Prior, jitter: float = 0.0) -> None:
         super().__init__()
@@ -76,6 +95,14 @@ class Factor(Held):
     def sample(self, noise: Tensor, members: slice) -> Tensor:
         """Map noise [k, B, d] to draws [k, B, d] of the members in the slice, in float32, differentiably."""
         raise NotImplementedError
+
+    def hold(self, value: Tensor | None, least: LeastSize | None = None) -> None:
+        """Set the draw in force, [R, d]; `None` ends it."""
+        super().hold(value)
+        self.__dict__["least"] = least
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "least": None}
 
     def transform(self, noise: Tensor, members: slice) -> Tensor:
         """`sample`, clipped to ±CLIP: what a layer gets."""

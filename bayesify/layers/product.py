@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -42,6 +42,7 @@ def product(
     r: Tensor | None,
     linear: Map,
     single: bool,
+    least: Callable[[], float] | None = None,
 ) -> Tensor | None:
     """y = r ∘ W (s ∘ x) + b; `None` where it is to be computed operation by operation.
 
@@ -50,6 +51,7 @@ def product(
 
     Args:
         single: whether all rows share one draw, which may then be folded into the weight.
+        least: gives a size that no element of r falls below, if any is known.
     """
     plain = type(weight) in (Tensor, nn.Parameter) and type(x) in (Tensor, nn.Parameter)
     if torch.compiler.is_compiling() or not plain or torch._C._are_functorch_transforms_active():
@@ -58,14 +60,14 @@ def product(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias, s, r = (None if t is None else t.to(dtype) for t in (x, weight, bias, s, r))  # type: ignore[assignment]
         with torch.autocast(x.device.type, enabled=False):
-            return product(x, weight, bias, s, r, linear, single)
+            return product(x, weight, bias, s, r, linear, single, least)
     if isinstance(linear, Convolution) and linear.is_depthwise(x, weight) and s is not None:
-        s, r = None, s if r is None else s * r  # channels stay apart: one pass instead of two
+        s, r, least = None, s if r is None else s * r, None  # channels stay apart: one pass instead of two
     if is_pointwise(x, weight, linear, single, s, r):
         return pointwise(x, weight, bias, s, r, linear)
     tensors = (x, weight, bias, s, r)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return cast(Tensor, _Product.apply(*tensors, linear, single))
+        return cast(Tensor, _Product.apply(*tensors, linear, single, least))
     return _forward(x, weight, bias, s, r, linear, single)
 
 
@@ -109,6 +111,15 @@ def _finish(y: Tensor, r: Tensor | None, bias: Tensor | None, out: Tensor) -> Te
     return y if out is y else out.copy_(y)
 
 
+def _has_small(r: Tensor, limit: float, least: Callable[[], float] | None) -> bool:
+    """Whether r has an element that is smaller; on a GPU, to look is to wait, and done where `least` does not tell."""
+    return (least is None or not least() >= limit) and _looked_at(r, limit)
+
+
+def _looked_at(r: Tensor, limit: float) -> bool:
+    return bool((r.abs() < limit).any())
+
+
 def _smallest_divisor(dtype: torch.dtype) -> float:
     """Half precision rounds r ∘ y + b before it is divided by r: at 8 ε the gradient is off by a few percent."""
     return max(SMALLEST_DIVISOR, 8 * torch.finfo(dtype).eps)
@@ -119,7 +130,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *tensors_and_map: Any) -> Tensor:  # type: ignore[override]
-        x, weight, bias, s, r, linear, single = tensors_and_map
+        x, weight, bias, s, r, linear, single, ctx.least = tensors_and_map
         out = _forward(x, weight, bias, s, r, linear, single)
         ctx.linear = linear
         ctx.save_for_backward(x, weight, bias, s, r)
@@ -138,7 +149,7 @@ class _Product(torch.autograd.Function):
         differentiable = torch.is_grad_enabled()
         if of_s and not (of_x or differentiable) and _is_first(x, weight, grad, ctx.linear):
             return _of_first(ctx, grad)
-        if out is not None and (out._version != ctx.version or bool((r.abs() < _smallest_divisor(out.dtype)).any())):
+        if out is not None and (out._version != ctx.version or _has_small(r, _smallest_divisor(out.dtype), ctx.least)):
             out = None
         by_output = of_r and out is not None and not differentiable
         # Σ g (out − b) as Σ g out − b Σ g costs no pass over the rows, but digits that half precision does not have.
@@ -182,7 +193,7 @@ class _Product(torch.autograd.Function):
             if at_once:
                 of_r_sum = of_r_sum - cast(Tensor, bias) * cast(Tensor, sums.value())
             of_r_sum = of_r_sum / cast(Tensor, r)
-        return d_x, d_weight, d_bias.value(), d_s.value(), of_r_sum, None, None
+        return d_x, d_weight, d_bias.value(), d_s.value(), of_r_sum, None, None, None
 
 
 def _is_first(x: Tensor, weight: Tensor, grad: Tensor, linear: Map) -> bool:
@@ -199,7 +210,7 @@ def _of_first(ctx: Any, grad: Tensor) -> Any:
     """Gradients where none of x is wanted, from those of the weights of rows, one after the other: in place of
     gradients of x, which with few channels cost several times as much, and of passes over the rows."""
     x, weight, bias, s, r = ctx.saved_tensors
-    _, of_weight, of_bias, of_s, of_r, _, _ = ctx.needs_input_grad
+    _, of_weight, of_bias, of_s, of_r, *_ = ctx.needs_input_grad
     matrix, taps = weight.flatten(1), weight[0, 0].numel()
     for_taps, of_outputs = s.flatten(1).repeat_interleave(taps, 1), None if r is None else r.flatten(1)
     d_weight, d_s, d_r = (_Gradient() for _ in range(3))
@@ -212,12 +223,12 @@ def _of_first(ctx: Any, grad: Tensor) -> Any:
         d_weight.add(of_matrix, weight[:1])
         d_s.add(cast(Tensor, of_own_s).unflatten(1, (-1, taps)).sum(2), s)
         d_r.add(of_own_r, r)
-    d_bias = _sum_like(grad, bias, slice(None)) if of_bias else None
+    d_bias = _sum_like(grad, bias, _ALL) if of_bias else None
     of_weight, of_s, of_r = (
         None if (total := d.value()) is None else total.view_as(v)
         for d, v in ((d_weight, weight), (d_s, s), (d_r, cast(Tensor, r)))
     )
-    return None, of_weight, d_bias, of_s, of_r, None, None
+    return None, of_weight, d_bias, of_s, of_r, None, None, None
 
 
 class _Gradient:

@@ -67,7 +67,7 @@ class Site(nn.Module):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, linear: Map, dim: int = -1, part: slice = _ALL
     ) -> Tensor:
         """The whole map, for x [N, ...] with its channels in dimension `dim`; `part` of the outputs, if not all."""
-        s, r, along, single = None, None, None, True
+        s, r, along, single, least = None, None, None, True, None
         # Each part is looked up once: with few rows, what Python does costs as much as the arithmetic.
         of_s, of_r = self.s, self.r
         if of_s is not None:
@@ -77,11 +77,12 @@ class Site(nn.Module):
             draw = of_r.value()
             single = single and draw.shape[0] == 1
             r = self._rows(draw if part == _ALL else draw[:, part], x, dim)
+            least = None if torch.compiler.is_compiling() else of_r.least
         if bias is not None:
             along, own_bias = _along(bias, x, dim), self.own_bias
             if own_bias is not None:
                 along = along + self._rows(own_bias.value()[:, part], x, dim)
-        y = product(x, weight, along, s, r, linear, single)
+        y = product(x, weight, along, s, r, linear, single, least)
         if y is None:
             y = linear(self.scale_inputs(x, dim), weight)
             y = self.scale_outputs(y, bias, dim, part)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import torch
 
@@ -59,6 +62,23 @@ def test_draws_kl_and_gradients(options: dict[str, object], joined: bool) -> Non
 def _kl(factor) -> torch.Tensor:
     torch.manual_seed(1)
     return kl_divergence(factor)
+
+
+def test_the_least_size_of_all_draws_is_looked_for_once_and_not_copied() -> None:
+    parts = factors()
+    draws = torch.randn(6, sum(SIZES))
+    hold_parts(parts, draws)
+    least = parts[0].least
+    assert least is not None
+    assert all(part.least is least for part in parts)
+    assert least() == draws.abs().min()
+    draws.zero_()
+    assert least() > 0
+    assert copy.deepcopy(parts[0]).least is None
+    parts[0].hold(None)
+    assert parts[0].least is None
+    hold_parts(parts, draws[:0])
+    assert parts[0].least() == math.inf, "a batch may be empty"
 
 
 def test_what_differs_stays_apart() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, cast
 
 import pytest
@@ -187,6 +188,33 @@ def test_outputs_changed_in_place_and_factors_at_zero(change: str, name: str, ch
     found = gradients(y, inputs)
     torch.testing.assert_close(found, gradients(expected, inputs))
     assert change == "relu" or found[4].abs().min() > 0
+
+
+@pytest.mark.parametrize(("least", "looked"), [(1e-9, True), (0.5, False), (math.nan, True), (None, True)])
+def test_factors_are_looked_at_where_they_may_be_small(
+    least: float | None, looked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = operands("images", N)
+    with torch.no_grad():
+        inputs[4].abs_().add_(1.0)
+    looks: list[float] = []
+    own = module._looked_at
+    monkeypatch.setattr(module, "_looked_at", lambda r, limit: looks.append(limit) or own(r, limit))
+    y = product(*inputs, MAPS["images"][0], single=False, least=None if least is None else lambda: least)
+    assert y is not None
+    torch.testing.assert_close(gradients(y, inputs), gradients(plain(*inputs, MAPS["images"][0]), inputs))
+    assert bool(looks) == looked
+
+
+def test_channels_apart_have_the_product_of_both_factors_which_may_be_smaller_than_either() -> None:
+    inputs = operands("depthwise", N)
+    with torch.no_grad():
+        inputs[3].fill_(1e-4)
+        inputs[4].fill_(1e-4)
+    y = product(*inputs, MAPS["depthwise"][0], single=False, least=lambda: 1e-4)
+    assert y is not None
+    expected = gradients(plain(*inputs, MAPS["depthwise"][0]), inputs)
+    torch.testing.assert_close(gradients(y, inputs), expected, rtol=1e-9, atol=0.0)
 
 
 @pytest.mark.parametrize("name", ["tokens", "grouped", "pointwise", "positions"])
