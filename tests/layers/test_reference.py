@@ -210,10 +210,10 @@ def check_predictions(bnn: BayesianModel, inputs: Any, examples: list[Tensor], r
         caught: dict[tuple[str, str], list[Tensor]] = {}
         hold = Factor.hold
 
-        def catching(factor: Factor, draw: Tensor | None) -> None:
+        def catching(factor: Factor, draw: Tensor | None, *of_all: Any) -> None:
             if draw is not None:
                 caught.setdefault(keys[id(factor)], []).append(draw.clone())
-            hold(factor, draw)
+            hold(factor, draw, *of_all)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Factor, "hold", catching)
