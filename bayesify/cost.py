@@ -122,12 +122,13 @@ class Workload:
     def members_at_once(self, members: int, examples: float, single: bool) -> int:
         """How many members to compute at once."""
         sizes = (members, examples, single)
-        if sizes not in self._at_once:
-            if len(self._at_once) == _REMEMBERED:
+        least = self._at_once.get(sizes)
+        if least is None:
+            least = min(divisors(members), key=lambda count: self.seconds(members, count, examples, single))
+            if len(self._at_once) >= _REMEMBERED:
                 self._at_once.clear()
-            choices = divisors(members)
-            self._at_once[sizes] = min(choices, key=lambda count: self.seconds(members, count, examples, single))
-        return self._at_once[sizes]
+            self._at_once[sizes] = least
+        return least
 
 
 def divisors(members: int) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from bayesify import BayesianModel, bayesify
+from bayesify import BayesianModel, bayesify, cost
 from bayesify.cost import Work, Workload
 from bayesify.graph.late import _AtCall
 from bayesify.strategy import Strategy
@@ -216,3 +216,19 @@ def test_costs_decide() -> None:
     assert wide.members_at_once(4, 8, single=True) == 1
     shared = Workload(wide.sites, {"trunk": Work(100, 1000, 1e7, 1e7, 1e12)})
     assert shared.members_at_once(4, 8, single=True) == 4
+
+
+def test_choices_are_remembered_for_as_many_sizes_as_memory_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_REMEMBERED", 3)
+    workload = Workload({"a": Work(1, 100, 4_000_000, 4_000_000, 100_000_000)}, {})
+    sizes = [1, 8, 1, 2, 3, 4, 8, 1]
+    first = [Workload(workload.sites, {}).members_at_once(4, size, single=True) for size in sizes]
+    assert [workload.members_at_once(4, size, single=True) for size in sizes] == first
+    assert len(workload._at_once) <= 3
+    seconds = Workload.seconds
+    calls: list[float] = []
+    monkeypatch.setattr(Workload, "seconds", lambda *a, **k: calls.append(a[3]) or seconds(*a, **k))
+    workload.members_at_once(4, 1, single=True)
+    assert not calls
+    workload.members_at_once(4, 1, single=False)
+    assert calls == [1, 1, 1]
