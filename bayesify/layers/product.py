@@ -259,10 +259,8 @@ def _chunks(x: Tensor, weight: Tensor, linear: Map) -> list[slice]:
     the bytes of the weight, which every chunk reads."""
     total = x.shape[0]
     size = x.element_size() * x.numel() * max(1.0, linear.growth(weight))
-    if size <= 1.5 * CHUNK_BYTES or x.device.type != "cpu" or x.dim() < 2:
-        return [_ALL]
     limit = max(CHUNK_BYTES, 2 * _weight_bytes(weight))
-    if size <= 1.5 * limit:
+    if size <= 1.5 * limit or x.device.type != "cpu" or x.dim() < 2:
         return [_ALL]
     count = math.ceil(total / round(size / limit))
     return [slice(start, min(start + count, total)) for start in range(0, total, count)]
