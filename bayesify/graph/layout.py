@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +72,9 @@ def observe(
     ]
     if not names and not functional:
         return Observed({}, {})
-    seen = _grown_shapes(_run_on_shapes, model, inputs, names, functional)
+    seen = _grown_shapes(model, inputs, names, functional, values=False)
     if seen is None and values:
-        seen = _grown_shapes(_run_on_values, model, inputs, names, functional)
+        seen = _grown_shapes(model, inputs, names, functional, values=True)
     if seen is None:
         return None
     small, large = seen
@@ -130,27 +130,20 @@ multiply with parameters in code of their own."""
 
 
 def _grown_shapes(
-    run: Any, model: nn.Module, inputs: Inputs, names: list[str], functional: Mapping[str, Mapping[str, str]]
+    model: nn.Module, inputs: Inputs, names: list[str], functional: Mapping[str, Mapping[str, str]], values: bool
 ) -> tuple[_Shapes, _Shapes] | None:
     """Shapes with two and with three times the batch."""
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            small, large = (run(model, Rows(model).expand(*inputs, times), names, functional) for times in (2, 3))
+        grown = tuple(Rows(model).expand(*inputs, times) for times in (2, 3))
+        look = nullcontext((model, grown)) if values else on_shapes(model, grown)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), look as (looked_at, pair):
+            small, large = (_run(looked_at, several, names, functional) for several in pair)
     except Exception:
         return None  # control flow on values, or an operation without a rule for shapes
     return small, large
 
 
-def _run_on_shapes(
-    model: nn.Module, inputs: Inputs, names: list[str], functional: Mapping[str, Mapping[str, str]]
-) -> _Shapes:
-    with on_shapes(model, inputs) as (twin, fake):
-        return _run_on_values(twin, fake, names, functional)
-
-
-def _run_on_values(
-    model: nn.Module, inputs: Inputs, names: list[str], functional: Mapping[str, Mapping[str, str]]
-) -> _Shapes:
+def _run(model: nn.Module, inputs: Inputs, names: list[str], functional: Mapping[str, Mapping[str, str]]) -> _Shapes:
     with evaluating(model), _noted_shapes(model, names, functional) as shapes:
         model(*inputs[0], **inputs[1])
     return shapes

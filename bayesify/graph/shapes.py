@@ -8,13 +8,17 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bayesify.batch import map_tensors
-from bayesify.graph.inputs import Inputs
+from bayesify.distributions import Factor
+from bayesify.layers import MemberVector
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -36,15 +40,17 @@ def is_quantized(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def on_shapes(model: nn.Module, inputs: Inputs) -> Iterator[tuple[nn.Module, Inputs]]:
-    """A copy of a model, and of its inputs, whose tensors have shapes but no memory; neither the model nor what
-    listens to its outputs notices."""
+def on_shapes(model: nn.Module, inputs: T) -> Iterator[tuple[nn.Module, T]]:
+    """A copy of a model, and of inputs in any structure, whose tensors have shapes but no memory; neither the model nor
+    what listens to its outputs notices. It is without factors, which change no shape."""
     tensors = [*model.parameters(), *model.buffers()]
     if any(map(is_quantized, tensors)):
         raise NotImplementedError("low-bit storage has no rule for shapes alone")
+    added = [module for module in model.modules() if isinstance(module, (Factor, MemberVector))]
+    theirs = {id(tensor) for module in added for tensor in module.parameters()}
     with quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        args, kwargs = (map_tensors(part, mode.from_tensor) for part in inputs)
-        twin = copy.deepcopy(model, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
+        memo: dict[int, Any] = {id(tensor): mode.from_tensor(tensor) for tensor in tensors if id(tensor) not in theirs}
+        twin = copy.deepcopy(model, memo | dict.fromkeys(map(id, added)))
         for module in twin.modules():
             module._forward_hooks.clear()
-        yield twin, (args, kwargs)
+        yield twin, map_tensors(inputs, mode.from_tensor)
