@@ -6,13 +6,18 @@ hide every error.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
+
+from bayesify import BayesianModel, bayesify
 
 
 @dataclass(frozen=True)
@@ -288,3 +293,29 @@ CASES = [
     Case("lstm", LSTMClassifier, lambda: (torch.randn(3, 6, 6),)),
     Case("packed_gru", PackedGRUClassifier, lambda: (torch.randn(3, 6, 6), torch.tensor([4, 6, 2]))),
 ]
+
+BY_NAME = {case.name: case for case in CASES}
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def some_cases(*names: str) -> Any:
+    return pytest.mark.parametrize("case", [BY_NAME[name] for name in names], ids=lambda case: case.name)
+
+
+def convert(case: Case, **options: Any) -> BayesianModel:
+    """A conversion whose members differ clearly from each other and from the base.
+
+    It has had its first call, at which a network is looked at, with any test that wanted the same.
+    """
+    return copy.deepcopy(_called(case.name, tuple(sorted({"init_scale": 0.3, **options}.items()))))
+
+
+@cache
+def _called(name: str, options: tuple[tuple[str, Any], ...]) -> BayesianModel:
+    case = BY_NAME[name]
+    model = case.model()
+    torch.manual_seed(7)
+    bnn = bayesify(model, **dict(options))
+    args, kwargs = case.example()
+    bnn.predict(*args, **kwargs)
+    return bnn

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from models import CASES, Case, tensor
+from models import BY_NAME, Case, convert, every_case, some_cases, tensor
 from timm.optim import create_optimizer_v2
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
@@ -33,19 +33,6 @@ from bayesify import (
 )
 from bayesify.layers import registry
 
-BY_NAME = {case.name: case for case in CASES}
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-def some_cases(*names: str) -> Any:
-    return pytest.mark.parametrize("case", [BY_NAME[name] for name in names], ids=lambda case: case.name)
-
-
-def convert(case: Case, members: int = 3, **options: Any) -> BayesianModel:
-    model = case.model()
-    torch.manual_seed(7)
-    return bayesify(model, members=members, **{"init_scale": 0.3, **options})
-
 
 def predict(bnn: BayesianModel, case: Case, **options: Any) -> Tensor:
     args, kwargs = case.example()
@@ -53,7 +40,7 @@ def predict(bnn: BayesianModel, case: Case, **options: Any) -> Tensor:
 
 
 def mlp(**options: Any) -> BayesianModel:
-    return convert(BY_NAME["mlp"], **options).eval()
+    return convert(BY_NAME["mlp"], **{"members": 3, **options}).eval()
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
@@ -66,7 +53,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
 @every_case
 def test_training_gives_member_major_rows(case: Case) -> None:
     """Row k·B + i of a training call is member k on example i, in the network's own type of output."""
-    bnn = convert(case, posterior="deterministic")
+    bnn = convert(case, members=3, posterior="deterministic")
     expected = predict(bnn, case)[:, 0].flatten(0, 1)
     args, kwargs = case.example()
     original = case.model()(*args, **kwargs)
@@ -79,7 +66,7 @@ def test_training_gives_member_major_rows(case: Case) -> None:
 @every_case
 @torch.no_grad()
 def test_evaluation_gives_log_of_mean_probability(case: Case) -> None:
-    bnn = convert(case, posterior="deterministic").eval()
+    bnn = convert(case, members=3, posterior="deterministic").eval()
     args, kwargs = case.example()
     found = bnn(*args, **kwargs)
     assert type(found) is type(case.model()(*args, **kwargs))
@@ -90,7 +77,7 @@ def test_evaluation_gives_log_of_mean_probability(case: Case) -> None:
 @some_cases("bert", "gpt2", "t5", "vit_hf")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_labels_are_expanded_and_the_loss_is_the_mean_over_members(case: Case, training: bool) -> None:
-    bnn = convert(case, posterior="deterministic").eval()
+    bnn = convert(case, members=3, posterior="deterministic").eval()
     bnn.training = training  # rows of training without its dropout
     _, kwargs = case.example()
     logits = predict(bnn, case)[:, 0]
@@ -121,7 +108,7 @@ def test_real_outputs_are_averaged() -> None:
 @every_case
 @pytest.mark.parametrize("noise", ["example", "member"])
 def test_member_chunk_changes_nothing(case: Case, noise: Any) -> None:
-    bnn = convert(case, noise=noise, posterior_scale=0.1)
+    bnn = convert(case, members=3, noise=noise, posterior_scale=0.1)
     expected = predict(bnn, case, samples=2, seed=5)
     for chunk in (1, 2):
         found = predict(bnn, case, samples=2, seed=5, member_chunk=chunk)
@@ -176,7 +163,7 @@ def test_samples_have_the_posteriors_mean_and_spread(noise: Any) -> None:
 @pytest.mark.parametrize("noise", ["example", "member"])
 @every_case
 def test_equal_examples_share_a_draw_only_with_noise_per_member(case: Case, noise: Any) -> None:
-    bnn = convert(case, members=2, noise=noise, posterior_scale=0.1)
+    bnn = convert(case, members=3, noise=noise, posterior_scale=0.1)
     args, kwargs = case.example()
 
     def same(value: Any) -> Any:
@@ -198,7 +185,7 @@ def test_mutual_information_is_not_negative_and_zero_without_disagreement() -> N
 
 
 def test_predict_keeps_modes_and_needs_no_gradient() -> None:
-    bnn = convert(BY_NAME["resnet18"]).train()
+    bnn = convert(BY_NAME["resnet18"], members=3).train()
     bnn.model.bn1.eval()
     modes = [module.training for module in bnn.modules()]
     statistics = bnn.model.layer1[0].bn1.running_mean.clone()
@@ -300,7 +287,7 @@ def test_kl_of_an_ensemble_is_zero() -> None:
 @every_case
 @torch.no_grad()
 def test_merge_is_that_member_as_a_plain_network(case: Case) -> None:
-    bnn = convert(case).eval()
+    bnn = convert(case, members=3).eval()
     before = predict(bnn, case)
     if not case.merges:
         with pytest.raises(ConversionError, match="cannot be folded"):
@@ -322,7 +309,7 @@ def test_merge_is_that_member_as_a_plain_network(case: Case) -> None:
 
 
 def test_merge_keeps_training_flags_and_gradients() -> None:
-    bnn = convert(BY_NAME["lstm"]).train()
+    bnn = convert(BY_NAME["lstm"], members=3).train()
     bnn.model.head.weight.requires_grad_(False)
     merged = bnn.merge(-1)
     assert all(module.training for module in merged.modules())
@@ -339,7 +326,7 @@ def test_merge_of_a_member_that_does_not_exist(member: int) -> None:
 
 def test_merging_tied_weights_unties_them() -> None:
     case = BY_NAME["gpt2"]
-    bnn = convert(case).eval()
+    bnn = convert(case, members=3).eval()
     embedding = bnn.model.transformer.wte.weight.detach().clone()
     merged = bnn.merge(1)
     assert torch.equal(merged.transformer.wte.weight, embedding)
@@ -504,7 +491,7 @@ def test_report_counts_what_was_added(case: Case) -> None:
 
 
 def test_report_names_ties() -> None:
-    bnn = convert(BY_NAME["gpt2"])
+    bnn = convert(BY_NAME["gpt2"], members=3)
     assert bnn.report.tied == {"lm_head": ["transformer.wte.weight"]}
     assert "transformer.wte.weight" in str(bnn.report)
     assert "embedding" in bnn.report.skipped["transformer.wte"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from models import CASES, Case, revive, tensor
+from models import BY_NAME, Case, revive, tensor
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import DynamicCache
@@ -30,7 +30,6 @@ from bayesify.fused import FusedModel, Weights
 from bayesify.hub import load_base, load_model, origin_of, save_timm_folder
 from bayesify.layers import Rank1Layer
 
-BY_NAME = {case.name: case for case in CASES}
 FAMILIES = [
     "mlp",
     "cnn",

@@ -10,27 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import CASES, Case, tensor
+from models import Case, convert, every_case, some_cases, tensor
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bayesify import BayesianModel, BayesifyError, ConversionError, Rank1Layer, bayesify, rank1
 from bayesify.layers import registry
-
-BY_NAME = {case.name: case for case in CASES}
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-def some_cases(*names: str) -> Any:
-    return pytest.mark.parametrize("case", [BY_NAME[name] for name in names], ids=lambda case: case.name)
-
-
-def convert(case: Case, members: int = 2, seed: int = 7, init_scale: float = 0.3, **options: Any) -> BayesianModel:
-    """A conversion whose members differ clearly from each other and from the base."""
-    model = case.model()
-    torch.manual_seed(seed)
-    return bayesify(model, members=members, init="normal", init_scale=init_scale, **options)
 
 
 def call(model: nn.Module, case: Case) -> Tensor:
@@ -219,7 +205,7 @@ def tied_groups(model: nn.Module) -> dict[str, set[str]]:
 @torch.no_grad()
 def test_factors_move_their_member_and_no_other(case: Case) -> None:
     # In float64, because the attention of a fresh network is so flat that its queries hardly matter.
-    bnn = convert(case).double()
+    bnn = convert(case, members=2).double()
     args, kwargs = example_in(case, torch.float64)
     before = bnn.predict(*args, **kwargs).outputs
     factors = list(bnn.factors())
@@ -235,7 +221,7 @@ def test_factors_move_their_member_and_no_other(case: Case) -> None:
 
 @every_case
 def test_every_factor_has_a_gradient_from_its_member_and_no_other(case: Case) -> None:
-    bnn = convert(case).double().eval()
+    bnn = convert(case, members=2).double().eval()
     bnn.training = True  # rows of training, without batch statistics
     args, kwargs = example_in(case, torch.float64)
     found = tensor(bnn(*args, **kwargs)).unflatten(0, (2, -1))
@@ -297,7 +283,7 @@ def test_modules_keep_their_training_flags(case: Case) -> None:
 @every_case
 @torch.no_grad()
 def test_deepcopy_is_equal_and_independent(case: Case) -> None:
-    bnn = convert(case)
+    bnn = convert(case, members=2)
     bnn.train()
     call(bnn, case)  # the draws of a training step must not stand in the way of a copy
     bnn.eval()
@@ -314,7 +300,7 @@ def test_deepcopy_is_equal_and_independent(case: Case) -> None:
 @every_case
 @torch.no_grad()
 def test_state_dict_round_trip(case: Case) -> None:
-    bnn = convert(case)
+    bnn = convert(case, members=2)
     fresh = bayesify(case.model(seed=5), members=2, init="normal", init_scale=0.3)
     expected = outputs(bnn, case, samples=2, seed=4)
     assert relative_error(outputs(fresh, case, samples=2, seed=4), expected) > 1e-3
@@ -329,7 +315,7 @@ def test_state_dict_round_trip(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["half", "bfloat16"])
 @torch.no_grad()
 def test_low_precision_is_close(case: Case, dtype: torch.dtype) -> None:
-    bnn = convert(case, init_scale=0.1)
+    bnn = convert(case, members=2, init_scale=0.1)
     expected = outputs(bnn, case, samples=1, seed=0)
     bnn.to(dtype)
     args, kwargs = example_in(case, dtype)
@@ -340,7 +326,7 @@ def test_low_precision_is_close(case: Case, dtype: torch.dtype) -> None:
 
 @every_case
 def test_autocast_trains(case: Case) -> None:
-    bnn = convert(case, init_scale=0.1).train()
+    bnn = convert(case, members=2, init_scale=0.1).train()
     for module in bnn.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()  # statistics of two examples magnify rounding
@@ -366,7 +352,7 @@ CHECKPOINTING = [
 @some_cases(*CHECKPOINTING)
 @pytest.mark.parametrize("noise", ["example", "member"])
 def test_gradient_checkpointing_changes_nothing(case: Case, noise: Any) -> None:
-    plain = convert(case, noise=noise, posterior_scale=0.1)
+    plain = convert(case, members=3, noise=noise, posterior_scale=0.1)
     checkpointed = copy.deepcopy(plain)
     if hasattr(checkpointed.model, "set_grad_checkpointing"):
         checkpointed.set_grad_checkpointing(True)
@@ -398,7 +384,7 @@ def loss_and_gradients(model: nn.Module, case: Case) -> tuple[Tensor, dict[str, 
 @some_cases("mlp", "resnet18", "bert")
 @torch.no_grad()
 def test_compiled_model_predicts_the_same(case: Case) -> None:
-    bnn = convert(case).eval()
+    bnn = convert(case, members=2).eval()
     expected = call(bnn, case)
     torch.compiler.reset()
     assert relative_error(call(torch.compile(bnn, backend="eager"), case), expected) <= case.tolerance
@@ -411,7 +397,7 @@ def test_compiled_model_predicts_the_same(case: Case) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @some_cases("mlp", "cnn")
 def test_compiled_model_trains_the_same(case: Case) -> None:
-    bnn = convert(case, posterior_scale=0.1).train()
+    bnn = convert(case, members=2, posterior_scale=0.1).train()
     loss, gradients = loss_and_gradients(bnn, case)
     torch.compiler.reset()
     twin = copy.deepcopy(bnn)
@@ -434,7 +420,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 @some_cases("cnn", "vit_tiny")
 def test_distributed_data_parallel_changes_nothing(case: Case, process_group: None) -> None:
-    plain = convert(case, posterior_scale=0.1).train()
+    plain = convert(case, members=2, posterior_scale=0.1).train()
     wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
     loss, gradients = loss_and_gradients(plain, case)
     found, found_gradients = loss_and_gradients(wrapped, case)
