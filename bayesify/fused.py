@@ -199,13 +199,16 @@ def _settled(source: BayesianModel, example_inputs: Any) -> Inputs | None:
 
 
 def _copies_fit(source: BayesianModel, samples: int) -> bool:
-    """Whether the folded weights of all networks take no more than half of the memory that is available."""
+    """Whether the folded weights of all networks take no more than half of the memory that is available.
+
+    On a CPU, layers may hold them a second time.
+    """
     weights = {id(w): w for _, layer in source.layers() for w in map(layer.weight_of, layer.rank1)}
     needed = source.members * samples * sum(w.numel() * w.element_size() for w in weights.values())
     device = next((w.device for w in weights.values()), torch.device("cpu"))
-    cuda = device.type == "cuda"
-    available = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
-    return needed <= available / 2
+    if device.type == "cuda":
+        return needed <= torch.cuda.mem_get_info(device)[0] / 2
+    return 2 * needed <= psutil.virtual_memory().available / 2
 
 
 def _networks(

@@ -305,7 +305,7 @@ def _s(layer: Any) -> Any:
 def test_weights_are_copied_while_there_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     bnn = convert(BY_NAME["mlp"].model())
     x = (torch.randn(2, 5),)
-    needed = 2 * sum(layer.weight.numel() * 4 for _, layer in bnn.layers())  # type: ignore[operator,union-attr]
+    needed = 2 * 2 * sum(layer.weight.numel() * 4 for _, layer in bnn.layers())  # type: ignore[operator,union-attr]
     for available, expected in ((2 * needed, "copies"), (2 * needed - 1, "shared")):
         memory = type("Memory", (), {"available": available})
         monkeypatch.setattr("psutil.virtual_memory", lambda memory=memory: memory)

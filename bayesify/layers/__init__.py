@@ -10,9 +10,9 @@ from bayesify.layers.functional import functional_sizes as functional_sizes
 from bayesify.layers.functional import watched_products as watched_products
 from bayesify.layers.gathered import Gathering as Gathering
 from bayesify.layers.gathered import hands_tokens_on as hands_tokens_on
+from bayesify.layers.inference import PackedConv2d as PackedConv2d
+from bayesify.layers.inference import PackedLinear as PackedLinear
 from bayesify.layers.inference import PackedLSTM as PackedLSTM
-from bayesify.layers.inference import PointwiseConv2d as PointwiseConv2d
-from bayesify.layers.inference import WideLinear as WideLinear
 from bayesify.layers.inference import speed_up as speed_up
 from bayesify.layers.members import MemberVector as MemberVector
 from bayesify.layers.norm import MemberBatchNorm as MemberBatchNorm

@@ -1,59 +1,89 @@
-"""Plain layers that compute the same in less time, in inference."""
+"""Plain layers that compute the same in less time, in inference.
+
+oneDNN and BLAS lay a weight out anew in every call. Beside few rows, such as those of one image in the last stage of a
+network, that takes up to half of the time: there weights are held a second time, as oneDNN wants them, from the first
+call on.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from bayesify.layers.maps import Convolution
-from bayesify.layers.matmul import has_wider_onednn, is_plain, linear
+from bayesify.layers.maps import DENSE, Convolution
+from bayesify.layers.matmul import is_plain, linear, takes_packed
 from bayesify.layers.pointwise import is_pointwise, pointwise
 
-_ONE_BY_ONE = Convolution([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+T = TypeVar("T")
+
 _LSTM = 2
 """torch's number of the kind of recurrence."""
+_PACKED: WeakKeyDictionary[nn.Module, tuple[Any, Any, Any]] = WeakKeyDictionary()
+"""For each module the state of its weights, they, and what was made of them; neither copied nor saved with it."""
 
 
 def speed_up(network: nn.Module) -> int:
-    """Give layers of a network, in place, the classes below; returns how many gain by it on this machine."""
+    """Give layers of a network, in place, the classes below; returns how many."""
     faster = {module: equivalent for module in network.modules() if (equivalent := _faster(module)) is not None}
     for module, equivalent in faster.items():
         module.__class__ = equivalent
-    return sum(equivalent is not WideLinear or has_wider_onednn() for equivalent in faster.values())
+    return len(faster)
 
 
 def _faster(module: nn.Module) -> type[nn.Module] | None:
     if type(module) is nn.Conv2d:
-        return PointwiseConv2d if Convolution.of(module).is_one_by_one(module.weight) else None
-    return {nn.Linear: WideLinear, nn.LSTM: PackedLSTM}.get(type(module))
+        return PackedConv2d if module.padding_mode == "zeros" and not isinstance(module.padding, str) else None
+    return {nn.Linear: PackedLinear, nn.LSTM: PackedLSTM}.get(type(module))
 
 
-class WideLinear(nn.Linear):
+def _packed(module: nn.Module, pack: Callable[[], T]) -> T:
+    """What `pack` makes of the parameters of a module; made anew when they have changed."""
+    weights = list(module.parameters())
+    state = [(weight.data_ptr(), weight._version) for weight in weights]
+    known = _PACKED.get(module)
+    if known is None or known[0] != state:
+        # They are kept, too, lest others get their place in memory.
+        _PACKED[module] = known = state, [weight.detach() for weight in weights], pack()
+    return known[2]
+
+
+class PackedLinear(nn.Linear):
     """A dense layer in the widest instructions of the processor."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        weight = self.weight
+        if takes_packed(input, weight, DENSE.growth(weight)) and is_plain(input, weight, self.bias):
+            weight = _packed(self, lambda: torch.ops.mkldnn._reorder_linear_weight(self.weight.detach()))
+        return linear(input, weight, self.bias)
 
 
-class PointwiseConv2d(nn.Conv2d):
-    """A convolution of 1 x 1 that is a product of matrices where images are large."""
+class PackedConv2d(nn.Conv2d):
+    """A convolution; one of 1 x 1 is a product of matrices where images are large."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_plain(input, self.weight, self.bias) and is_pointwise(input, self.weight, _ONE_BY_ONE, single=True):
-            bias = None if self.bias is None else self.bias.view(-1, 1, 1)
-            return pointwise(input, self.weight, bias, None, None, _ONE_BY_ONE)
-        return super().forward(input)
+        weight, bias = self.weight, self.bias
+        if not is_plain(input, weight, bias) or input.dim() != 4 or not input.is_contiguous():
+            return super().forward(input)
+        convolution = Convolution.of(self)
+        if is_pointwise(input, weight, convolution, single=True):
+            along = None if bias is None else bias.view(-1, 1, 1)
+            return pointwise(input, weight, along, None, None, convolution)
+        if not takes_packed(input, weight, convolution.growth(weight)):
+            return super().forward(input)
+        options = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
+        pack = torch.ops.mkldnn._reorder_convolution_weight
+        weight = _packed(self, lambda: pack(self.weight.detach(), *options, list(input.shape)))
+        # Its outputs have their channels last, and networks look at them in other shapes.
+        return torch.ops.mkldnn._convolution_pointwise(input, weight, bias, *options, "none", [], "").contiguous()
 
 
 class PackedLSTM(nn.LSTM):
-    """An LSTM whose weights lie as oneDNN's kernel wants them, on a CPU; the same digits as torch's own.
-
-    torch lays them out anew in every call of that kernel, which with few or short sequences takes much of its time.
-    Here they are held a second time, from the first call on.
-    """
+    """An LSTM; the same digits as torch's own."""
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:  # type: ignore[override]
         if not isinstance(input, Tensor) or not self._fits(input):
@@ -66,7 +96,8 @@ class PackedLSTM(nn.LSTM):
         h, c, finals = *hx, []
         directions = 2 if self.bidirectional else 1
         outputs: list[Tensor] = []
-        for number, weights in enumerate(self._packed()):
+        layers = _packed(self, lambda: [self._pack(n, *w) for n, w in enumerate(self.all_weights)])
+        for number, weights in enumerate(layers):
             backward = number % directions == 1
             options = (backward, [], _LSTM, self.hidden_size, 1, True, False, False, False)
             y, *state, _ = torch.mkldnn_rnn_layer(x, *weights, h[number], c[number], *options)  # type: ignore[call-arg]
@@ -84,19 +115,8 @@ class PackedLSTM(nn.LSTM):
         # Whether inference tensors were changed cannot be told.
         return not self.proj_size and x.dim() == 3 and x.numel() > 0 and not any(w.is_inference() for w in weights)
 
-    def _packed(self) -> list[tuple[Tensor, ...]]:
-        """(W_ih, W_hh, b_ih, b_hh) of each layer and direction, as the kernel wants them; packed when they changed."""
-        key = [(p.data_ptr(), p._version) for p in self.parameters()]
-        kept = self.__dict__.get("_kept")
-        if kept is None or kept[0] != key:
-            self.__dict__["_kept"] = kept = key, [self._pack(n, *w) for n, w in enumerate(self.all_weights)]
-        return kept[1]
-
     def _pack(self, number: int, ih: Tensor, hh: Tensor, *biases: Tensor) -> tuple[Tensor, ...]:
         backward = self.bidirectional and number % 2 == 1
         pack = torch.ops.mkldnn._reorder_mkldnn_rnn_layer_weight
         both = pack(ih.detach(), hh.detach(), self.hidden_size, backward, True, False, None)
         return *both, *(bias.detach() for bias in biases or [ih.new_zeros(len(ih))] * 2)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_kept"}

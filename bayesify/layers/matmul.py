@@ -22,6 +22,11 @@ SMALLEST = 1 << 19
 FEW_ROWS = range(8, 25)
 LARGE_WEIGHT = 1 << 20
 """Number of elements: more than the cache of a core holds."""
+PACKED_ROWS = 4
+PACKED_WEIGHT = 1 << 18
+PACKED_SHARE = 2
+"""From how many rows, and for weights of how many elements, it pays to have them laid out as oneDNN wants them; and how
+many times the elements that go in and out those are at least."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -47,6 +52,18 @@ def packed(weight: Tensor, like: Tensor) -> Tensor:
     if not (_for_onednn(like, weight) and _is_matrix(weight)):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), like.numel() // like.shape[-1])
+
+
+def takes_packed(x: Tensor, weight: Tensor, growth: float) -> bool:
+    """Whether a map of x [N, in, ...], or [..., in], is faster with a weight [out, in, ...] that is laid out already.
+
+    Args:
+        growth: size of the outputs over that of x.
+    """
+    if torch.compiler.is_compiling() or weight.numel() < max(PACKED_WEIGHT, PACKED_SHARE * x.numel() * (1 + growth)):
+        return False
+    # Whether inference tensors were changed cannot be told.
+    return x.numel() >= PACKED_ROWS * weight.shape[1] and has_onednn() and not weight.is_inference()
 
 
 def _for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -87,11 +104,15 @@ def _is_matrix(value: Tensor) -> bool:
 
 
 @cache
+def has_onednn() -> bool:
+    """Whether oneDNN is there and has AVX-512 on this processor."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+
+
+@cache
 def has_wider_onednn() -> bool:
     """Whether oneDNN has AVX-512 on this processor and BLAS has not."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
-        return False
-    return torch.backends.mkldnn.is_available() and _maker() == "AuthenticAMD"
+    return has_onednn() and torch.backends.mkl.is_available() and _maker() == "AuthenticAMD"
 
 
 def _maker() -> str:

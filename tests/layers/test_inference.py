@@ -1,9 +1,10 @@
-"""Layers that compute the same in less time: LSTMs whose weights are packed once, and convolutions as products."""
+"""Layers that compute the same in less time: with weights that are packed once, and convolutions as products."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from bayesify.layers import PackedLSTM, PointwiseConv2d, pointwise, speed_up
+from bayesify.layers import PackedConv2d, PackedLinear, PackedLSTM, matmul, pointwise, speed_up
 
 IN, HIDDEN, N, T = 5, 8, 3, 6
 KINDS: dict[str, dict[str, Any]] = {
@@ -122,7 +123,7 @@ def test_convolutions_of_one_by_one(bias: bool, monkeypatch: pytest.MonkeyPatch)
     plain = nn.Conv2d(4, 6, 1, bias=bias)
     faster = copy.deepcopy(plain)
     assert speed_up(faster) == 1
-    assert type(faster) is PointwiseConv2d
+    assert type(faster) is PackedConv2d
     calls: list[int] = []
     bmm = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda *args, **options: calls.append(1) or bmm(*args, **options))
@@ -139,11 +140,108 @@ def test_convolutions_of_one_by_one(bias: bool, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 1, stride=2), nn.Conv2d(4, 6, 1, padding=1), nn.Conv2d(4, 6, 1, groups=2),
-     nn.Conv1d(4, 6, 1)],
+    [nn.Conv2d(4, 6, 3, padding="same"), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), nn.Conv1d(4, 6, 1)],
     ids=str,
-)  # fmt: skip
+)
 def test_other_convolutions_stay(layer: nn.Module) -> None:
     kind = type(layer)
     assert speed_up(layer) == 0
     assert type(layer) is kind
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "dense": (lambda: nn.Linear(12, 9), (5, 12)),
+    "dense, no bias": (lambda: nn.Linear(12, 9, bias=False), (2, 3, 12)),
+    "convolution": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 5, 6)),
+    "convolution, no bias": (
+        lambda: nn.Conv2d(4, 6, (3, 1), padding=(1, 0), dilation=(2, 1), bias=False),
+        (2, 4, 5, 6),
+    ),
+    "convolution, groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (3, 4, 5, 6)),
+    "convolution, 1 x 1": (lambda: nn.Conv2d(4, 6, 1), (3, 4, 5, 6)),
+}
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Weights are packed however small, on whatever processor; gives how often."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(matmul, "has_onednn", lambda: True)
+    monkeypatch.setattr(matmul, "PACKED_WEIGHT", 1)
+    monkeypatch.setattr(matmul, "PACKED_SHARE", 0.01)
+    calls: list[int] = []
+    for kind in ("linear", "convolution"):
+        real = getattr(torch.ops.mkldnn, f"_reorder_{kind}_weight")
+        noted = lambda *args, real=real: calls.append(1) or real(*args)  # noqa: E731
+        monkeypatch.setattr(torch.ops.mkldnn, f"_reorder_{kind}_weight", noted)
+    return calls
+
+
+def plain_and_packed(name: str) -> tuple[Any, Any, Tensor]:
+    torch.manual_seed(0)
+    build, shape = LAYERS[name]
+    plain = build()
+    faster = copy.deepcopy(plain)
+    assert speed_up(faster) == 1
+    return plain, faster, torch.randn(shape)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_packed_once_for_the_same_weights(name: str, packed: list[int]) -> None:
+    plain, faster, x = plain_and_packed(name)
+    assert isinstance(faster, (PackedLinear, PackedConv2d))
+    for value in (x, torch.cat([x, x]), x[:1].repeat(7, *[1] * (x.dim() - 1))):
+        found = faster(value)
+        torch.testing.assert_close(found, plain(value))
+        assert found.is_contiguous(), "networks look at it in another shape"
+    assert len(packed) == 1
+    for layer in (plain, faster):
+        layer.weight.mul_(2)
+    torch.testing.assert_close(faster(x), plain(x))
+    assert len(packed) == 2
+    for layer in (plain, faster):
+        layer.weight = nn.Parameter(torch.ones_like(layer.weight))
+    torch.testing.assert_close(faster(x), plain(x))
+    assert len(packed) == 3
+    for again in (copy.deepcopy(faster), pickle.loads(pickle.dumps(faster))):
+        torch.testing.assert_close(again(x), plain(x))
+    assert len(packed) == 5
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_packed_for_nothing_else(name: str, packed: list[int]) -> None:
+    plain, faster, x = plain_and_packed(name)
+    torch.testing.assert_close(faster(x), plain(x))  # with gradients
+    assert faster(x).requires_grad
+    with torch.no_grad():
+        others = [x[:0], x.double(), x[:1] if x.dim() == 2 else x[0]]  # nothing, precise, a single row or no batch
+        if x.dim() == 4:
+            others.append(x.to(memory_format=torch.channels_last))
+        for other in others:
+            found = faster.to(other.dtype)(other)
+            expected = plain.to(other.dtype)(other)
+            torch.testing.assert_close(found, expected)
+            assert found.stride() == expected.stride()
+            plain.float(), faster.float()
+        exported = torch.export.export(faster, (x,))
+        assert "mkldnn" not in str(exported.graph)
+        with torch.inference_mode():
+            inside = copy.deepcopy(faster)
+            torch.testing.assert_close(inside(x), plain(x))
+    assert not packed
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        faster(torch.randn(8, 7))
+
+
+def test_few_rows_and_a_large_weight_are_packed(packed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(matmul, "has_onednn", lambda: True)
+    weight = torch.empty(1024, 512)
+    assert matmul.takes_packed(torch.empty(2, 32, 512), weight, 2.0)
+    for rows in (3, 1024):  # BLAS reads it once; laying it out is little beside the product
+        assert not matmul.takes_packed(torch.empty(rows, 512), weight, 2.0)
+    assert not matmul.takes_packed(torch.empty(64, 512), weight[:256], 0.5)  # small
+    monkeypatch.setattr(matmul, "has_onednn", lambda: False)
+    assert not matmul.takes_packed(torch.empty(64, 512), weight, 2.0)

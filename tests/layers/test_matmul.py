@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayesify.layers import WideLinear, matmul
+from bayesify.layers import PackedLinear, matmul
 
 N, IN, OUT = 96, 64, 128  # enough multiplications for oneDNN
 
@@ -141,7 +141,7 @@ def test_a_layer_exports_as_a_plain_one() -> None:
     layer = nn.Linear(IN, OUT)
     x = torch.randn(N, IN)
     expected = layer(x)
-    layer.__class__ = WideLinear
+    layer.__class__ = PackedLinear
     exported = torch.export.export(layer, (x,))
     assert "mkldnn" not in str(exported.graph)
     with torch.no_grad():
