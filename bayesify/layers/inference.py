@@ -15,12 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from bayesify.layers.maps import DENSE, Convolution
-from bayesify.layers.matmul import is_plain, linear, takes_packed
+from bayesify.layers.maps import DENSE, Convolution, Map
+from bayesify.layers.matmul import has_onednn, is_plain, linear
 from bayesify.layers.pointwise import is_pointwise, pointwise
 
 T = TypeVar("T")
 
+ROWS = 4
+"""From how many rows it pays to have a weight packed; BLAS reads it once for fewer."""
+WEIGHT = 1 << 18
+"""From how many elements of it."""
+SHARE_OF_DENSE, SHARE_OF_CONVOLUTION = 6, 2
+"""How many times the elements that go in and out those are at least."""
 _LSTM = 2
 """torch's number of the kind of recurrence."""
 _PACKED: WeakKeyDictionary[nn.Module, tuple[Any, Any, Any]] = WeakKeyDictionary()
@@ -52,12 +58,21 @@ def _packed(module: nn.Module, pack: Callable[[], T]) -> T:
     return known[2]
 
 
+def _is_for_packed(x: Tensor, weight: Tensor, linear: Map, share: float) -> bool:
+    """Whether a map of x [N, in, ...], or [..., in], is faster with a weight [out, in, ...] that is packed."""
+    elements = x.numel() * (1 + linear.growth(weight))
+    if torch.compiler.is_compiling() or weight.numel() < max(WEIGHT, share * elements):
+        return False
+    # Whether inference tensors were changed cannot be told.
+    return x.numel() >= ROWS * weight.shape[1] and has_onednn() and not weight.is_inference()
+
+
 class PackedLinear(nn.Linear):
     """A dense layer in the widest instructions of the processor."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight
-        if takes_packed(input, weight, DENSE.growth(weight)) and is_plain(input, weight, self.bias):
+        if _is_for_packed(input, weight, DENSE, SHARE_OF_DENSE) and is_plain(input, weight, self.bias):
             weight = _packed(self, lambda: torch.ops.mkldnn._reorder_linear_weight(self.weight.detach()))
         return linear(input, weight, self.bias)
 
@@ -73,7 +88,7 @@ class PackedConv2d(nn.Conv2d):
         if is_pointwise(input, weight, convolution, single=True):
             along = None if bias is None else bias.view(-1, 1, 1)
             return pointwise(input, weight, along, None, None, convolution)
-        if not takes_packed(input, weight, convolution.growth(weight)):
+        if not _is_for_packed(input, weight, convolution, SHARE_OF_CONVOLUTION):
             return super().forward(input)
         options = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
         pack = torch.ops.mkldnn._reorder_convolution_weight

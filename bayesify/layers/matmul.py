@@ -22,11 +22,6 @@ SMALLEST = 1 << 19
 FEW_ROWS = range(8, 25)
 LARGE_WEIGHT = 1 << 20
 """Number of elements: more than the cache of a core holds."""
-PACKED_ROWS = 4
-PACKED_WEIGHT = 1 << 18
-PACKED_SHARE = 2
-"""From how many rows, and for weights of how many elements, it pays to have them laid out as oneDNN wants them; and how
-many times the elements that go in and out those are at least."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,18 +47,6 @@ def packed(weight: Tensor, like: Tensor) -> Tensor:
     if not (_for_onednn(like, weight) and _is_matrix(weight)):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), like.numel() // like.shape[-1])
-
-
-def takes_packed(x: Tensor, weight: Tensor, growth: float) -> bool:
-    """Whether a map of x [N, in, ...], or [..., in], is faster with a weight [out, in, ...] that is laid out already.
-
-    Args:
-        growth: size of the outputs over that of x.
-    """
-    if torch.compiler.is_compiling() or weight.numel() < max(PACKED_WEIGHT, PACKED_SHARE * x.numel() * (1 + growth)):
-        return False
-    # Whether inference tensors were changed cannot be told.
-    return x.numel() >= PACKED_ROWS * weight.shape[1] and has_onednn() and not weight.is_inference()
 
 
 def _for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from bayesify.layers import PackedConv2d, PackedLinear, PackedLSTM, matmul, pointwise, speed_up
+from bayesify.layers import PackedConv2d, PackedLinear, PackedLSTM, inference, pointwise, speed_up
 
 IN, HIDDEN, N, T = 5, 8, 3, 6
 KINDS: dict[str, dict[str, Any]] = {
@@ -167,9 +167,10 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Weights are packed however small, on whatever processor; gives how often."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN")
-    monkeypatch.setattr(matmul, "has_onednn", lambda: True)
-    monkeypatch.setattr(matmul, "PACKED_WEIGHT", 1)
-    monkeypatch.setattr(matmul, "PACKED_SHARE", 0.01)
+    monkeypatch.setattr(inference, "has_onednn", lambda: True)
+    monkeypatch.setattr(inference, "WEIGHT", 1)
+    monkeypatch.setattr(inference, "SHARE_OF_DENSE", 0.01)
+    monkeypatch.setattr(inference, "SHARE_OF_CONVOLUTION", 0.01)
     calls: list[int] = []
     for kind in ("linear", "convolution"):
         real = getattr(torch.ops.mkldnn, f"_reorder_{kind}_weight")
@@ -235,13 +236,29 @@ def test_packed_for_nothing_else(name: str, packed: list[int]) -> None:
         faster(torch.randn(8, 7))
 
 
+@torch.no_grad()
 def test_few_rows_and_a_large_weight_are_packed(packed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(matmul, "has_onednn", lambda: True)
-    weight = torch.empty(1024, 512)
-    assert matmul.takes_packed(torch.empty(2, 32, 512), weight, 2.0)
-    for rows in (3, 1024):  # BLAS reads it once; laying it out is little beside the product
-        assert not matmul.takes_packed(torch.empty(rows, 512), weight, 2.0)
-    assert not matmul.takes_packed(torch.empty(64, 512), weight[:256], 0.5)  # small
-    monkeypatch.setattr(matmul, "has_onednn", lambda: False)
-    assert not matmul.takes_packed(torch.empty(64, 512), weight, 2.0)
+    for name, value in (("WEIGHT", 1 << 18), ("SHARE_OF_DENSE", 6), ("SHARE_OF_CONVOLUTION", 2)):
+        monkeypatch.setattr(inference, name, value)
+    layers: list[tuple[nn.Module, list[Tensor], list[Tensor]]] = [
+        (
+            nn.Linear(512, 1024),
+            [torch.randn(4, 512), torch.randn(2, 28, 512)],
+            [torch.randn(3, 512), torch.randn(57, 512)],
+        ),
+        (nn.Linear(512, 256), [], [torch.randn(4, 512)]),
+        (nn.Conv2d(256, 256, 3, padding=1), [torch.randn(2, 256, 16, 16)], [torch.randn(3, 256, 16, 16)]),
+        (nn.Conv2d(512, 1024, 1), [torch.randn(1, 512, 2, 2)], [torch.randn(1, 512, 1, 1)]),
+    ]
+    for layer, few, others in layers:
+        speed_up(layer)
+        for x in others:
+            layer(x)
+        assert not packed
+        for x in few:
+            layer(x)
+        assert len(packed) == bool(few)
+        packed.clear()
+    monkeypatch.setattr(inference, "has_onednn", lambda: False)
+    copy.deepcopy(layers[0][0])(layers[0][1][0])
+    assert not packed

@@ -220,7 +220,8 @@ def test_channels_apart_have_the_product_of_both_factors_which_may_be_smaller_th
 @pytest.mark.parametrize("name", ["tokens", "grouped", "pointwise", "positions"])
 def test_gradients_of_gradients(name: str) -> None:
     inputs = operands(name, N)
-    assert torch.autograd.gradgradcheck(lambda *values: product(*values, MAPS[name][0], single=False), inputs)
+    mapped = lambda *values: product(*values, MAPS[name][0], single=False)  # noqa: E731
+    assert torch.autograd.gradgradcheck(mapped, inputs, fast_mode=True)  # along random directions
 
 
 @pytest.mark.parametrize(
