@@ -71,8 +71,8 @@ class PackedLinear(nn.Linear):
     """A dense layer in the widest instructions of the processor."""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
-        if _is_for_packed(input, weight, DENSE, SHARE_OF_DENSE) and is_plain(input, weight, self.bias):
+        weight, fits = self.weight, input.shape[-1] == self.in_features  # torch's error says what does not
+        if fits and _is_for_packed(input, weight, DENSE, SHARE_OF_DENSE) and is_plain(input, weight, self.bias):
             weight = _packed(self, lambda: torch.ops.mkldnn._reorder_linear_weight(self.weight.detach()))
         return linear(input, weight, self.bias)
 
@@ -82,7 +82,8 @@ class PackedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        if not is_plain(input, weight, bias) or input.dim() != 4 or not input.is_contiguous():
+        fits = input.dim() == 4 and input.shape[1] == self.in_channels  # torch's error says what does not
+        if not fits or not is_plain(input, weight, bias) or not input.is_contiguous():
             return super().forward(input)
         convolution = Convolution.of(self)
         if is_pointwise(input, weight, convolution, single=True):
@@ -125,7 +126,7 @@ class PackedLSTM(nn.LSTM):
 
     def _fits(self, x: Tensor) -> bool:
         weights = list(self.parameters())
-        if not is_plain(x, *weights) or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
+        if not is_plain(x, *weights) or not torch.backends.mkldnn.is_available():
             return False
         # Whether inference tensors were changed cannot be told.
         return not self.proj_size and x.dim() == 3 and x.numel() > 0 and not any(w.is_inference() for w in weights)

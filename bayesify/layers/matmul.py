@@ -53,6 +53,8 @@ def _for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether a product of such tensors is oneDNN's, as far as it does not depend on how they lie in memory."""
     if torch.compiler.is_compiling() or not has_wider_onednn():
         return False
+    if x.shape[-1] != weight.shape[1]:  # torch's error says which sizes were found
+        return False
     return x.numel() * weight.shape[0] >= SMALLEST and is_plain(x, weight, bias)
 
 
@@ -71,8 +73,11 @@ def _by_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether these are plain tensors of float32 on a CPU, and no gradients, compiler or transform follows them."""
+    """Whether these are plain tensors of float32 on a CPU, and no gradients, compiler, autocast or transform follows
+    them."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch.is_autocast_enabled("cpu"):
         return False
     given = [t for t in tensors if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):

@@ -46,7 +46,7 @@ def main(
     only: Annotated[str, typer.Option(help="A glob of model names, e.g. 'resnet*'.")] = "*",
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds a model may take.")] = 300.0,
     memory: Annotated[float, typer.Option(min=0.0, help="GB a process may take; 0 is no limit.")] = 8.0,
-    fast: Annotated[bool, typer.Option("--fast", help="A dozen small models, under a minute.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="A few small models, under a minute.")] = False,
     redo: Annotated[
         bool, typer.Option("--redo", help="Measure again what failed or was measured with other versions.")
     ] = False,

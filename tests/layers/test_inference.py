@@ -231,9 +231,12 @@ def test_packed_for_nothing_else(name: str, packed: list[int]) -> None:
         with torch.inference_mode():
             inside = copy.deepcopy(faster)
             torch.testing.assert_close(inside(x), plain(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(faster(x), plain(x))
+        for wrong in (torch.randn(8, 7), torch.randn(2, 5, 8, 8)):
+            with pytest.raises(RuntimeError, match=r"cannot be multiplied|Given groups|Expected 3D"):
+                faster(wrong)
     assert not packed
-    with torch.no_grad(), pytest.raises(RuntimeError):
-        faster(torch.randn(8, 7))
 
 
 @torch.no_grad()
