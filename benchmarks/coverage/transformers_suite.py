@@ -12,7 +12,7 @@ from benchmarks.coverage.jobs import Job, Row
 from benchmarks.coverage.original import Inputs
 from benchmarks.coverage.transformers_models import build, head_of, names
 
-FAST = ("bert", "t5", "wav2vec2")
+FAST = ("bert", "gpt2", "llama", "t5", "vit", "wav2vec2")
 """A few of different kinds, for a test."""
 
 
