@@ -48,8 +48,8 @@ def _faster(module: nn.Module) -> type[nn.Module] | None:
 
 
 def _packed(module: nn.Module, pack: Callable[[], T]) -> T:
-    """What `pack` makes of the parameters of a module; made anew when they have changed."""
-    weights = list(module.parameters())
+    """What `pack` makes of the parameters of a layer; made anew when they have changed."""
+    weights = [weight for weight in module._parameters.values() if weight is not None]
     state = [(weight.data_ptr(), weight._version) for weight in weights]
     known = _PACKED.get(module)
     if known is None or known[0] != state:

@@ -43,11 +43,11 @@ def floor_folded(network: Network, base: nn.Module, inputs: Any, members: int) -
 
 
 def floor_faster(network: Network, base: nn.Module, inputs: Any, members: int) -> Call:
-    """K deterministic forwards of a network with the layers of a fused one: oneDNN's products, LSTMs packed once, and
+    """K deterministic forwards of a network with the layers of a fused one: oneDNN's products, weights packed once, and
     convolutions of 1 x 1 as products."""
     faster = copy.deepcopy(base)
     if not speed_up(faster):
-        raise ValueError("BLAS has the widest instructions of this processor")
+        raise ValueError("none of its layers has a faster one")
     return _no_grad(lambda: [network.call(faster, inputs) for _ in range(members)])
 
 

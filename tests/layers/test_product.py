@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -220,7 +221,7 @@ def test_channels_apart_have_the_product_of_both_factors_which_may_be_smaller_th
 @pytest.mark.parametrize("name", ["tokens", "grouped", "pointwise", "positions"])
 def test_gradients_of_gradients(name: str) -> None:
     inputs = operands(name, N)
-    mapped = lambda *values: product(*values, MAPS[name][0], single=False)  # noqa: E731
+    mapped = partial(product, linear=MAPS[name][0], single=False)
     assert torch.autograd.gradgradcheck(mapped, inputs, fast_mode=True)  # along random directions
 
 
