@@ -101,6 +101,11 @@ class Factor(Held):
         super().hold(value)
         self.__dict__["least"] = least
 
+    @property
+    def at_mean(self) -> bool:
+        """Whether the draw in force is not random, so that it comes again in the next call."""
+        return self.held is not None and self.least is None
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "least": None}
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from bayesify.layers import lstm
 from bayesify.layers.maps import DENSE, Convolution, Map
 from bayesify.layers.matmul import has_onednn, is_plain, linear
 from bayesify.layers.pointwise import is_pointwise, pointwise
@@ -27,8 +28,6 @@ WEIGHT = 1 << 18
 """From how many elements of it."""
 SHARE_OF_DENSE, SHARE_OF_CONVOLUTION = 6, 2
 """How many times the elements that go in and out those are at least."""
-_LSTM = 2
-"""torch's number of the kind of recurrence."""
 _PACKED: WeakKeyDictionary[nn.Module, tuple[Any, Any, Any]] = WeakKeyDictionary()
 """For each module the state of its weights, they, and what was made of them; neither copied nor saved with it."""
 
@@ -102,37 +101,7 @@ class PackedLSTM(nn.LSTM):
     """An LSTM; the same digits as torch's own."""
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:  # type: ignore[override]
-        if not isinstance(input, Tensor) or not self._fits(input):
-            return super().forward(input, hx)
-        x = (input.transpose(0, 1) if self.batch_first else input).contiguous()
-        if hx is None:
-            zeros = x.new_zeros(len(self.all_weights), x.shape[1], self.hidden_size)
-            hx = (zeros, zeros)
-        self.check_forward_args(input, hx, None)
-        h, c, finals = *hx, []
-        directions = 2 if self.bidirectional else 1
-        outputs: list[Tensor] = []
-        layers = _packed(self, lambda: [self._pack(n, *w) for n, w in enumerate(self.all_weights)])
-        for number, weights in enumerate(layers):
-            backward = number % directions == 1
-            options = (backward, [], _LSTM, self.hidden_size, 1, True, False, False, False)
-            y, *state, _ = torch.mkldnn_rnn_layer(x, *weights, h[number], c[number], *options)  # type: ignore[call-arg]
-            finals.append(state)
-            outputs.append(y)
-            if len(outputs) == directions:
-                x, outputs = torch.cat(outputs, -1) if directions == 2 else y, []
-        final = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
-        return (x.transpose(0, 1) if self.batch_first else x), final
-
-    def _fits(self, x: Tensor) -> bool:
-        weights = list(self.parameters())
-        if not is_plain(x, *weights) or not torch.backends.mkldnn.is_available():
-            return False
         # Whether inference tensors were changed cannot be told.
-        return not self.proj_size and x.dim() == 3 and x.numel() > 0 and not any(w.is_inference() for w in weights)
-
-    def _pack(self, number: int, ih: Tensor, hh: Tensor, *biases: Tensor) -> tuple[Tensor, ...]:
-        backward = self.bidirectional and number % 2 == 1
-        pack = torch.ops.mkldnn._reorder_mkldnn_rnn_layer_weight
-        both = pack(ih.detach(), hh.detach(), self.hidden_size, backward, True, False, None)
-        return *both, *(bias.detach() for bias in biases or [ih.new_zeros(len(ih))] * 2)
+        if not lstm.fits(self, input, hx) or any(weight.is_inference() for weight in self._parameters.values()):  # type: ignore[union-attr]
+            return super().forward(input, hx)
+        return lstm.run(self, _packed(self, lambda: lstm.pack(self)), input, hx)  # type: ignore[arg-type]

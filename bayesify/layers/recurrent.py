@@ -2,7 +2,8 @@
 
 One s a kernel is shared by all gates; r has one entry for each gate and unit. Two ways to compute the same thing:
 
-* few draws (members): fold W ∘ r sᵀ and call the layer's own fused kernel once a draw;
+* few draws (members): fold W ∘ r sᵀ and call the layer's own fused kernel once a draw; at the posterior means of an
+  LSTM, what was folded is kept for the next call (`lstm`);
 * one draw a sequence: run the cells step by step, all sequences at once; an LSTM's as one operation (`scan`).
 """
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from bayesify.errors import BayesifyError, DataError, RowsError
+from bayesify.layers import lstm
 from bayesify.layers.linear import fold_matrix
 from bayesify.layers.maps import DENSE
 from bayesify.layers.product import product, scratch
@@ -167,7 +169,8 @@ class _Rank1RNN(_Recurrent):
                     f"{original_class(type(self)).__name__} has no bias that added factors could be folded into; "
                     "leave it out with exclude=, or multiply factors."
                 )
-        return self._by_steps(input, hx) if self._scans(input) else self._by_draws(input, hx)
+        kept = self._kept(input, hx)
+        return self._by_steps(input, hx) if kept is None and self._scans(input) else self._by_draws(input, hx, kept)
 
     def _check_state(self, input: Tensor | PackedSequence, hx: State) -> None:
         """Raise `DataError` if a state that was given has not the rows of the input."""
@@ -182,6 +185,23 @@ class _Rank1RNN(_Recurrent):
                     f"{tuple(state.shape)}. Only inputs with the batch in their first dimension are repeated for "
                     "members: give states as [batch, layers, features], and transpose them inside the network."
                 )
+
+    def _kept(self, input: Tensor | PackedSequence, hx: State) -> list[lstm.Packed] | None:
+        """The weights of each draw, folded and packed, where they are kept from call to call: at posterior means."""
+        layer: Any = self
+        if not self._scannable or not is_exact(original_class(type(self))) or not lstm.fits(layer, input, hx):
+            return None
+        sites, draws = self.sites.values(), self.draws
+        factors = [factor for site in sites for factor in (site.s, site.r) if factor is not None]
+        if not all(factor.at_mean for factor in factors):
+            return None
+        parts = [*factors, *(site.own_bias for site in sites if site.own_bias is not None)]
+        together = torch.cat([repeat_rows(part.value(), draws) for part in parts], 1)
+        return None if together.requires_grad else lstm.kept(layer, together, self.members, self._pack_draw)
+
+    def _pack_draw(self, draw: int) -> lstm.Packed:
+        with self._weights_of(draw, {}):
+            return lstm.pack(self)  # type: ignore[arg-type]
 
     def _scans(self, input: Tensor | PackedSequence) -> bool:
         """Whether, in inference, all rows go through one operation: with a row or two a draw, folding costs more."""
@@ -208,9 +228,11 @@ class _Rank1RNN(_Recurrent):
     def own_forward(cls) -> Callable[..., Any]:
         return _Rank1RNN.forward
 
-    def _by_draws(self, input: Tensor | PackedSequence, hx: State) -> tuple[Any, State]:
+    def _by_draws(self, input: Tensor | PackedSequence, hx: State, kept: list[lstm.Packed] | None) -> tuple[Any, State]:
         """Fold each draw and call the layer's own forward on the rows that share it."""
         draws = self.draws
+        if draws == 1 and kept is not None:
+            return lstm.run(self, kept[0], input, hx)  # type: ignore[arg-type]
         if draws == 1:
             with self._weights_of(0, self._memory_of_weights()):
                 return super(Rank1Layer, self).forward(input, hx)  # type: ignore[misc]
@@ -220,15 +242,18 @@ class _Rank1RNN(_Recurrent):
         if isinstance(input, PackedSequence):
             x, lengths = pad_packed_sequence(input, batch_first=bool(self.batch_first))
         rows = _rows_per_draw(x.shape[batch_dim], draws)
-        outputs, states, memory = [], [], self._memory_of_weights()
+        outputs, states, memory = [], [], {} if kept is not None else self._memory_of_weights()
         for draw in range(draws):
             part: Any = x.narrow(batch_dim, draw * rows, rows)
             if lengths is not None:
                 here = lengths[draw * rows : (draw + 1) * rows]
                 part = pack_padded_sequence(part, here, bool(self.batch_first), enforce_sorted=False)
             state = _map_state(hx, lambda t, d=draw: t.narrow(1, d * rows, rows).contiguous())
-            with self._weights_of(draw, memory):
-                result = super(Rank1Layer, self).forward(part, state)  # type: ignore[misc]
+            if kept is not None:
+                result: Any = lstm.run(self, kept[draw], part, state)  # type: ignore[arg-type]
+            else:
+                with self._weights_of(draw, memory):
+                    result = super(Rank1Layer, self).forward(part, state)  # type: ignore[misc]
             if not isinstance(result, tuple) or len(result) != 2:
                 raise BayesifyError(
                     f"{original_class(type(self)).__name__} does not return (output, state) as torch's layer does; "
