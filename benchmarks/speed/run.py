@@ -86,6 +86,8 @@ def main(
     console = Console()
     suite = SUITES[what]
     jobs = [job for job in jobs_of(suite.networks, batches or suite.batches) if fits(job[0], only or "*")]
+    if not jobs:
+        raise typer.BadParameter(f"no network fits {only!r}; there are {', '.join(NETWORKS)}.", param_hint="--only")
     measure = partial(_measured, suite, pattern=contenders, rounds=rounds, seconds=seconds)
     rows = measured(output / f"{what.value}.json", jobs, measure, redo, console)
     title = f"{what.value}, {suite.members} members, time over {suite.baseline}"
