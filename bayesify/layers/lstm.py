@@ -84,9 +84,11 @@ class Kept:
 
     def of(self, draws: Tensor, most: int, pack_draw: Callable[[int], Packed]) -> list[Packed]:
         """The weights for each of the draws [R, ...], packed if they are not there; the last ones are kept."""
-        keys = [draw.tobytes() for draw in draws.numpy()]
-        packed = [self._packed[key] if key in self._packed else pack_draw(row) for row, key in enumerate(keys)]
-        self._packed.update(zip(keys, packed, strict=True))
+        packed: list[Packed] = []
+        for row, draw in enumerate(draws.numpy()):
+            key = draw.tobytes()
+            self._packed[key] = self._packed.pop(key, None) or pack_draw(row)  # now the last
+            packed.append(self._packed[key])
         while len(self._packed) > most:
             self._packed.pop(next(iter(self._packed)))
         return packed

@@ -89,6 +89,7 @@ def test_whatever_changes_is_seen(change: str, packings: list[int]) -> None:
     found = members(bnn, x)
     assert not torch.allclose(found, before)
     torch.testing.assert_close(found, by_hand(bnn, x))
+    assert torch.equal(members(bnn, x), found)
     assert len(packings) == K + (1 if change.startswith("factor") else K)
 
 
@@ -122,6 +123,16 @@ def test_large_weights_are_not_kept(packings: list[int], monkeypatch: pytest.Mon
         monkeypatch.setattr(lstm, "KEPT_BYTES", most)
         torch.testing.assert_close(members(bnn, x), by_hand(bnn, x))
         assert len(packings) == count
+
+
+@torch.no_grad()
+def test_members_that_are_the_same_are_packed_once(packings: list[int]) -> None:
+    bnn, x = converted()
+    for _, _, factor in bnn.factors():
+        factor.loc.copy_(factor.loc[0].clone())
+    for _ in range(2):
+        torch.testing.assert_close(members(bnn, x), by_hand(bnn, x))
+    assert len(packings) == 1
 
 
 @torch.no_grad()
