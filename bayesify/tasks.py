@@ -21,6 +21,10 @@ _LOG_VARIANCE = 20.0
 """Bound on the size of log variances, so that no density overflows."""
 
 
+_PIECE = 1 << 19
+"""Elements of logits that go through several passes together: they stay in the cache."""
+
+
 class Task:
     """Base of the tasks: outputs are values, and their mixture is their mean."""
 
@@ -64,7 +68,12 @@ class Classification(Task):
 
     def mixture(self, outputs: Tensor) -> Tensor:
         """The log of the mean probability."""
-        return log_mean_exp(outputs.float().log_softmax(self.class_dim))
+        pieces = [outputs]
+        if self.class_dim == -1 and outputs.dim() > 2 and _is_large(outputs):
+            rows = outputs.flatten(1, -2)
+            pieces = list(rows.split(max(1, _PIECE * rows.shape[1] // rows.numel()), 1))
+        means = [log_mean_exp(piece.float().log_softmax(self.class_dim)) for piece in pieces]
+        return means[0] if len(means) == 1 else torch.cat(means).view(outputs.shape[1:])
 
     def fitted(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point() and targets.shape == outputs.shape[1:] and outputs.dim() == 3:
@@ -272,6 +281,11 @@ def _transformers_task(name: str, config: object) -> TaskName | None:
     if name.endswith(_SETS):
         return "members"
     return "classification" if name.endswith(_CLASSIFIERS) else None
+
+
+def _is_large(outputs: Tensor) -> bool:
+    """Whether each of several passes would take them from memory, as the logits of all tokens are."""
+    return outputs.device.type == "cpu" and not torch.compiler.is_compiling() and outputs.numel() > 2 * _PIECE
 
 
 def log_mean_exp(log_probs: Tensor, dim: int | tuple[int, ...] = 0) -> Tensor:

@@ -13,7 +13,7 @@ from torch.distributions import Bernoulli, Categorical, Independent, MixtureSame
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from bayesify import ELBO, BayesianModel, ConfigError, DataError, Predictive, bayesify, evaluate, from_pretrained
+from bayesify import ELBO, BayesianModel, ConfigError, DataError, Predictive, bayesify, evaluate, from_pretrained, tasks
 from bayesify.finetune import FineTuneConfig, FineTuner
 from bayesify.tasks import TASKS, task_of
 
@@ -119,6 +119,24 @@ def test_metrics_of_labels_are_those_of_their_questions() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ means and variances
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 7, 50), (4, 11, 60), (3, 2, 2, 700)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_logits_of_many_tokens_are_mixed_piece_by_piece(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = (5 * torch.randn(shape)).to(dtype)
+    expected = outputs.double().softmax(-1).mean(0).log()
+    grads = []
+    for piece in (1 << 19, 500):
+        monkeypatch.setattr(tasks, "_PIECE", piece)
+        given = outputs.clone().requires_grad_()
+        found = TASKS["classification"].mixture(given)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        found[..., 0].sum().backward()
+        grads.append(given.grad)
+    torch.testing.assert_close(*grads)
 
 
 def mixture_of_normals(rows: Tensor) -> MixtureSameFamily:
