@@ -68,12 +68,17 @@ class Classification(Task):
 
     def mixture(self, outputs: Tensor) -> Tensor:
         """The log of the mean probability."""
-        pieces = [outputs]
-        if self.class_dim == -1 and outputs.dim() > 2 and _is_large(outputs):
-            rows = outputs.flatten(1, -2)
-            pieces = list(rows.split(max(1, _PIECE * rows.shape[1] // rows.numel()), 1))
-        means = [log_mean_exp(piece.float().log_softmax(self.class_dim)) for piece in pieces]
-        return means[0] if len(means) == 1 else torch.cat(means).view(outputs.shape[1:])
+        if outputs.dim() < 3 or not _is_large(outputs):
+            return self._mixture(outputs)
+        last = self.class_dim == -1
+        places = outputs.flatten(1, -2) if last else outputs.flatten(self.class_dim + 1)
+        along = 1 if last else self.class_dim + 1
+        each = max(1, _PIECE * places.shape[along] // places.numel())
+        found = [self._mixture(piece) for piece in places.split(each, along)]
+        return torch.cat(found, along - 1).view(outputs.shape[1:])
+
+    def _mixture(self, outputs: Tensor) -> Tensor:
+        return log_mean_exp(outputs.float().log_softmax(self.class_dim))
 
     def fitted(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point() and targets.shape == outputs.shape[1:] and outputs.dim() == 3:

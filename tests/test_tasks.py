@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 from bayesify import ELBO, BayesianModel, ConfigError, DataError, Predictive, bayesify, evaluate, from_pretrained, tasks
 from bayesify.finetune import FineTuneConfig, FineTuner
-from bayesify.tasks import TASKS, task_of
+from bayesify.tasks import TASKS, TaskName, task_of
 
 K, B, D = 3, 4, 2
 
@@ -121,20 +121,29 @@ def test_metrics_of_labels_are_those_of_their_questions() -> None:
 # ------------------------------------------------------------------------------------------------ means and variances
 
 
-@pytest.mark.parametrize("shape", [(4, 2, 7, 50), (4, 11, 60), (3, 2, 2, 700)], ids=str)
+@pytest.mark.parametrize(
+    ("task", "shape"),
+    [
+        ("classification", (4, 2, 7, 50)),
+        ("classification", (4, 11, 60)),
+        ("classification", (3, 2, 2, 700)),
+        ("segmentation", (4, 2, 5, 9, 8)),
+        ("segmentation", (3, 1, 4, 300)),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_logits_of_many_tokens_are_mixed_piece_by_piece(
-    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_many_logits_are_mixed_piece_by_piece(
+    task: TaskName, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outputs = (5 * torch.randn(shape)).to(dtype)
-    expected = outputs.double().softmax(-1).mean(0).log()
+    expected = outputs.double().softmax(-1 if task == "classification" else 2).mean(0).log()
     grads = []
     for piece in (1 << 19, 500):
         monkeypatch.setattr(tasks, "_PIECE", piece)
         given = outputs.clone().requires_grad_()
-        found = TASKS["classification"].mixture(given)
+        found = TASKS[task].mixture(given)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-        found[..., 0].sum().backward()
+        found.flatten()[::3].sum().backward()
         grads.append(given.grad)
     torch.testing.assert_close(*grads)
 
