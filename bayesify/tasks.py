@@ -68,9 +68,9 @@ class Classification(Task):
 
     def mixture(self, outputs: Tensor) -> Tensor:
         """The log of the mean probability."""
-        if outputs.dim() < 3 or not _is_large(outputs):
-            return self._mixture(outputs)
         last = self.class_dim == -1
+        if outputs.dim() < (3 if last else 4) or not _is_large(outputs):
+            return self._mixture(outputs)
         places = outputs.flatten(1, -2) if last else outputs.flatten(self.class_dim + 1)
         along = 1 if last else self.class_dim + 1
         each = max(1, _PIECE * places.shape[along] // places.numel())
