@@ -15,19 +15,18 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
 
-# The constraints hold the versions this was last tested with; torch first, so that one build serves all. Modules are
-# compiled when they are first imported: most of what is installed never is.
+# The constraints hold the versions this was last tested with; torch first, so that one build serves all.
 $(VENV)/.torch: .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint .ci/constraints.txt torch torchvision
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt torch torchvision
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --no-compile --constraint .ci/constraints.txt --editable ".[demo]"
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[demo]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --no-compile --constraint .ci/constraints.txt --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[demo,dev]"
 	touch $@
 
 clean:
