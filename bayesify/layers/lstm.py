@@ -27,8 +27,11 @@ def fits(layer: nn.LSTM, x: Any, hx: Any) -> bool:
     """Whether the kernel computes what `layer` does of x and a state, or none."""
     if not isinstance(x, Tensor) or x.dim() != 3 or not x.numel() or layer.proj_size:
         return False
+    states = () if hx is None else hx
+    if not isinstance(states, (tuple, list)):  # torch's error says what was expected
+        return False
     onednn = torch.backends.mkldnn
-    return onednn.is_available() and bool(onednn.enabled) and is_plain(x, *(hx or ()), *_weights(layer))
+    return onednn.is_available() and bool(onednn.enabled) and is_plain(x, *states, *_weights(layer))
 
 
 def pack(layer: nn.LSTM) -> Packed:

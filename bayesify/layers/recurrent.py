@@ -193,10 +193,10 @@ class _Rank1RNN(_Recurrent):
             return None
         sites, draws = self.sites.values(), self.draws
         factors = [factor for site in sites for factor in (site.s, site.r) if factor is not None]
-        if not all(factor.at_mean for factor in factors):
+        if not factors or not all(factor.at_mean for factor in factors):
             return None
         parts = [*factors, *(site.own_bias for site in sites if site.own_bias is not None)]
-        together = torch.cat([repeat_rows(part.value(), draws) for part in parts], 1)
+        together = torch.cat([part.value().expand(draws, -1) for part in parts], 1)
         return None if together.requires_grad else lstm.kept(layer, together, self.members, self._pack_draw)
 
     def _pack_draw(self, draw: int) -> lstm.Packed:

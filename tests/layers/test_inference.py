@@ -265,3 +265,14 @@ def test_few_rows_and_a_large_weight_are_packed(packed: list[int], monkeypatch: 
     monkeypatch.setattr(inference, "has_onednn", lambda: False)
     copy.deepcopy(layers[0][0])(layers[0][1][0])
     assert not packed
+
+
+@torch.no_grad()
+def test_a_state_that_is_none_is_an_error_of_torch() -> None:
+    plain, packed = both()
+    found = []
+    for layer in (plain, packed):
+        with pytest.raises(IndexError) as error:
+            layer(torch.randn(T, N, IN), torch.zeros(1, N, HIDDEN))  # type: ignore[arg-type]
+        found.append(str(error.value))
+    assert found[0] == found[1]
