@@ -19,8 +19,6 @@ IGNORED = -100
 """A label that does not count, as in torch's cross entropy and in transformers."""
 _LOG_VARIANCE = 20.0
 """Bound on the size of log variances, so that no density overflows."""
-
-
 _PIECE = 1 << 19
 """Elements of logits that go through several passes together: they stay in the cache."""
 
@@ -68,11 +66,10 @@ class Classification(Task):
 
     def mixture(self, outputs: Tensor) -> Tensor:
         """The log of the mean probability."""
-        last = self.class_dim == -1
-        if outputs.dim() < (3 if last else 4) or not _is_large(outputs):
+        along, end = (1, -2) if self.class_dim == -1 else (self.class_dim + 1, -1)
+        if outputs.dim() + end < along or not _is_large(outputs):
             return self._mixture(outputs)
-        places = outputs.flatten(1, -2) if last else outputs.flatten(self.class_dim + 1)
-        along = 1 if last else self.class_dim + 1
+        places = outputs.flatten(along, end)
         each = max(1, _PIECE * places.shape[along] // places.numel())
         found = [self._mixture(piece) for piece in places.split(each, along)]
         return torch.cat(found, along - 1).view(outputs.shape[1:])

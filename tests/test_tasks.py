@@ -118,9 +118,6 @@ def test_metrics_of_labels_are_those_of_their_questions() -> None:
     assert metrics["brier"] == pytest.approx((2 * (p - y).square()).mean().item(), rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ means and variances
-
-
 @pytest.mark.parametrize(
     ("task", "shape"),
     [
@@ -146,6 +143,9 @@ def test_many_logits_are_mixed_piece_by_piece(
         found.flatten()[::3].sum().backward()
         grads.append(given.grad)
     torch.testing.assert_close(*grads)
+
+
+# ------------------------------------------------------------------------------------------------ means and variances
 
 
 def mixture_of_normals(rows: Tensor) -> MixtureSameFamily:

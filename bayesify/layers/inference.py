@@ -7,20 +7,17 @@ call on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from bayesify.layers import lstm
+from bayesify.layers.made import made_of_parameters
 from bayesify.layers.maps import DENSE, Convolution, Map
 from bayesify.layers.matmul import has_onednn, is_plain, linear
 from bayesify.layers.pointwise import is_pointwise, pointwise
-
-T = TypeVar("T")
 
 ROWS = 4
 """From how many rows it pays to have a weight packed; BLAS reads it once for fewer."""
@@ -28,8 +25,6 @@ WEIGHT = 1 << 18
 """From how many elements of it."""
 SHARE_OF_DENSE, SHARE_OF_CONVOLUTION = 6, 2
 """How many times the elements that go in and out those are at least."""
-_PACKED: WeakKeyDictionary[nn.Module, tuple[Any, Any, Any]] = WeakKeyDictionary()
-"""For each module the state of its weights, they, and what was made of them; neither copied nor saved with it."""
 
 
 def speed_up(network: nn.Module) -> int:
@@ -44,17 +39,6 @@ def _faster(module: nn.Module) -> type[nn.Module] | None:
     if type(module) is nn.Conv2d:
         return PackedConv2d if module.padding_mode == "zeros" and not isinstance(module.padding, str) else None
     return {nn.Linear: PackedLinear, nn.LSTM: PackedLSTM}.get(type(module))
-
-
-def _packed(module: nn.Module, pack: Callable[[], T]) -> T:
-    """What `pack` makes of the parameters of a layer; made anew when they have changed."""
-    weights = [weight for weight in module._parameters.values() if weight is not None]
-    state = [(weight.data_ptr(), weight._version) for weight in weights]
-    known = _PACKED.get(module)
-    if known is None or known[0] != state:
-        # They are kept, too, lest others get their place in memory.
-        _PACKED[module] = known = state, [weight.detach() for weight in weights], pack()
-    return known[2]
 
 
 def _is_for_packed(x: Tensor, weight: Tensor, linear: Map, share: float) -> bool:
@@ -72,7 +56,7 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         weight, fits = self.weight, input.shape[-1] == self.in_features  # torch's error says what does not
         if fits and _is_for_packed(input, weight, DENSE, SHARE_OF_DENSE) and is_plain(input, weight, self.bias):
-            weight = _packed(self, lambda: torch.ops.mkldnn._reorder_linear_weight(self.weight.detach()))
+            weight = made_of_parameters(self, lambda: torch.ops.mkldnn._reorder_linear_weight(self.weight.detach()))
         return linear(input, weight, self.bias)
 
 
@@ -92,7 +76,7 @@ class PackedConv2d(nn.Conv2d):
             return super().forward(input)
         options = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
         pack = torch.ops.mkldnn._reorder_convolution_weight
-        weight = _packed(self, lambda: pack(self.weight.detach(), *options, list(input.shape)))
+        weight = made_of_parameters(self, lambda: pack(self.weight.detach(), *options, list(input.shape)))
         # Its outputs have their channels last, and networks look at them in other shapes.
         return torch.ops.mkldnn._convolution_pointwise(input, weight, bias, *options, "none", [], "").contiguous()
 
@@ -104,4 +88,4 @@ class PackedLSTM(nn.LSTM):
         # Whether inference tensors were changed cannot be told.
         if not lstm.fits(self, input, hx) or any(weight.is_inference() for weight in self._parameters.values()):  # type: ignore[union-attr]
             return super().forward(input, hx)
-        return lstm.run(self, _packed(self, lambda: lstm.pack(self)), input, hx)  # type: ignore[arg-type]
+        return lstm.run(self, made_of_parameters(self, lambda: lstm.pack(self)), input, hx)  # type: ignore[arg-type]

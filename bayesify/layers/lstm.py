@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from bayesify.layers.made import made_of_parameters
 from bayesify.layers.matmul import is_plain
 
 Packed = list[tuple[Tensor, ...]]
@@ -71,34 +71,26 @@ def run(layer: nn.LSTM, packed: Packed, input: Tensor, hx: Any) -> tuple[Tensor,
 class Kept:
     """Packed weights of the draws of one layer, found again by the factors that were folded into them."""
 
-    def __init__(self, layer: nn.LSTM) -> None:
-        # Weights are held, too, lest others get their place in memory.
-        self._weights = [weight.detach() for weight in _weights(layer)]
-        self._versions, self._products = _versions(self._weights), _products(self._weights)
-        self._packed: dict[bytes, Packed] = {}
+    def __init__(self) -> None:
+        self._products = torch.empty(0)
+        self.packed: dict[bytes, Packed] = {}
 
-    def fits(self, layer: nn.LSTM) -> bool:
-        """Whether the weights are what they were.
+    def of(self, products: Tensor, draws: Tensor, most: int, pack_draw: Callable[[int], Packed]) -> list[Packed]:
+        """The weights for each of the draws [R, ...], packed if they are not there; the last ones are kept.
 
-        Changes through `.data`, as by averages of weights, leave no trace but in the values.
+        Args:
+            products: of the weights; where they are others than before, all is packed anew.
         """
-        weights = _weights(layer)
-        return self._versions == _versions(weights) and torch.equal(self._products, _products(weights))
-
-    def of(self, draws: Tensor, most: int, pack_draw: Callable[[int], Packed]) -> list[Packed]:
-        """The weights for each of the draws [R, ...], packed if they are not there; the last ones are kept."""
+        if not torch.equal(products, self._products):
+            self._products, self.packed = products, {}
         packed: list[Packed] = []
         for row, draw in enumerate(draws.numpy()):
             key = draw.tobytes()
-            self._packed[key] = self._packed.pop(key, None) or pack_draw(row)  # now the last
-            packed.append(self._packed[key])
-        while len(self._packed) > most:
-            self._packed.pop(next(iter(self._packed)))
+            self.packed[key] = self.packed.pop(key, None) or pack_draw(row)  # now the last
+            packed.append(self.packed[key])
+        while len(self.packed) > most:
+            self.packed.pop(next(iter(self.packed)))
         return packed
-
-
-_KEPT: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
-"""Neither copied nor saved with the layer."""
 
 
 def kept(layer: nn.LSTM, draws: Tensor, members: int, pack_draw: Callable[[int], Packed]) -> list[Packed] | None:
@@ -109,20 +101,15 @@ def kept(layer: nn.LSTM, draws: Tensor, members: int, pack_draw: Callable[[int],
         members: K; the weights of as many are kept.
         pack_draw: folds and packs the weights of the draw of that row.
     """
-    if members * sum(weight.numel() * weight.element_size() for weight in _weights(layer)) > KEPT_BYTES:
+    weights = _weights(layer)
+    if members * sum(weight.numel() * weight.element_size() for weight in weights) > KEPT_BYTES:
         return None
-    known = _KEPT.get(layer)
-    if known is None or not known.fits(layer):
-        _KEPT[layer] = known = Kept(layer)
-    return known.of(draws, members, pack_draw)
+    # Changes through `.data`, as by averages of weights, leave no trace but in the values.
+    return made_of_parameters(layer, Kept).of(_products(weights), draws, members, pack_draw)
 
 
 def _weights(layer: nn.LSTM) -> list[Tensor]:
     return layer._flat_weights  # type: ignore[return-value]
-
-
-def _versions(weights: list[Tensor]) -> list[tuple[int, int]]:
-    return [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
 
 
 def _products(weights: list[Tensor]) -> Tensor:

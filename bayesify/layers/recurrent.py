@@ -189,7 +189,7 @@ class _Rank1RNN(_Recurrent):
     def _kept(self, input: Tensor | PackedSequence, hx: State) -> list[lstm.Packed] | None:
         """The weights of each draw, folded and packed, where they are kept from call to call: at posterior means."""
         layer: Any = self
-        if not self._scannable or not is_exact(original_class(type(self))) or not lstm.fits(layer, input, hx):
+        if not self._scannable or not lstm.fits(layer, input, hx):
             return None
         sites, draws = self.sites.values(), self.draws
         factors = [factor for site in sites for factor in (site.s, site.r) if factor is not None]
@@ -210,12 +210,12 @@ class _Rank1RNN(_Recurrent):
         if self.draws == 1 or not isinstance(input, Tensor) or input.device.type != "cpu":
             return False
         few = input.shape[0 if self.batch_first else 1] in (self.draws, 2 * self.draws)
-        return few and self._scannable and is_exact(original_class(type(self)))
+        return few and self._scannable
 
     @property
     def _scannable(self) -> bool:
-        """Whether a layer and direction can be one operation: an LSTM's without projections, its factors multiplied."""
-        plain = isinstance(self, nn.LSTM) and not self.proj_size
+        """Whether a layer and direction can be one operation: torch's LSTM, without projections, factors multiplied."""
+        plain = isinstance(self, nn.LSTM) and not self.proj_size and is_exact(original_class(type(self)))
         return plain and all(type(site) is Site for site in self.sites.values())
 
     @property
@@ -231,29 +231,23 @@ class _Rank1RNN(_Recurrent):
     def _by_draws(self, input: Tensor | PackedSequence, hx: State, kept: list[lstm.Packed] | None) -> tuple[Any, State]:
         """Fold each draw and call the layer's own forward on the rows that share it."""
         draws = self.draws
-        if draws == 1 and kept is not None:
-            return lstm.run(self, kept[0], input, hx)  # type: ignore[arg-type]
+        memory = {} if kept is not None else self._memory_of_weights()
         if draws == 1:
-            with self._weights_of(0, self._memory_of_weights()):
-                return super(Rank1Layer, self).forward(input, hx)  # type: ignore[misc]
+            return self._of_draw(0, input, hx, memory, kept)
         lengths = None
         batch_dim = 0 if self.batch_first else 1
         x: Tensor = input  # type: ignore[assignment]
         if isinstance(input, PackedSequence):
             x, lengths = pad_packed_sequence(input, batch_first=bool(self.batch_first))
         rows = _rows_per_draw(x.shape[batch_dim], draws)
-        outputs, states, memory = [], [], {} if kept is not None else self._memory_of_weights()
+        outputs, states = [], []
         for draw in range(draws):
             part: Any = x.narrow(batch_dim, draw * rows, rows)
             if lengths is not None:
                 here = lengths[draw * rows : (draw + 1) * rows]
                 part = pack_padded_sequence(part, here, bool(self.batch_first), enforce_sorted=False)
             state = _map_state(hx, lambda t, d=draw: t.narrow(1, d * rows, rows).contiguous())
-            if kept is not None:
-                result: Any = lstm.run(self, kept[draw], part, state)  # type: ignore[arg-type]
-            else:
-                with self._weights_of(draw, memory):
-                    result = super(Rank1Layer, self).forward(part, state)  # type: ignore[misc]
+            result = self._of_draw(draw, part, state, memory, kept)
             if not isinstance(result, tuple) or len(result) != 2:
                 raise BayesifyError(
                     f"{original_class(type(self)).__name__} does not return (output, state) as torch's layer does; "
@@ -270,6 +264,15 @@ class _Rank1RNN(_Recurrent):
         if isinstance(states[0], tuple):
             return output, tuple(torch.cat(parts, 1) for parts in zip(*states, strict=True))
         return output, torch.cat(states, 1)
+
+    def _of_draw(
+        self, draw: int, x: Any, hx: State, memory: dict[str, Tensor | None], kept: list[lstm.Packed] | None
+    ) -> Any:
+        """What the layer's own forward gives with a draw folded into its weights."""
+        if kept is not None:
+            return lstm.run(self, kept[draw], x, hx)  # type: ignore[arg-type]
+        with self._weights_of(draw, memory):
+            return super(Rank1Layer, self).forward(x, hx)  # type: ignore[misc]
 
     def _by_steps(self, input: Tensor | PackedSequence, hx: State) -> tuple[Any, State]:
         """Run the cells over time on all rows at once. Legend: n rows active at a step, total = Σ n over steps."""

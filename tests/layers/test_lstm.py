@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bayesify import BayesianModel, bayesify
 from bayesify.layers import lstm
+from bayesify.layers.made import made_of_parameters
 
 K, N, T, IN, HIDDEN = 3, 4, 6, 5, 8
 
@@ -142,5 +143,5 @@ def test_no_more_than_the_members_are_kept(packings: list[int]) -> None:
     for _ in range(4):
         layer.rank1["weight_hh_l0"].s.loc.mul_(1.1)
         torch.testing.assert_close(members(bnn, x), by_hand(bnn, x))
-    assert len(lstm._KEPT[layer]._packed) == K
+    assert len(made_of_parameters(layer, lstm.Kept).packed) == K
     assert len(packings) == 4 * K
