@@ -5,7 +5,7 @@ Shapes: K members, S samples per member, B examples, C classes (or outputs). All
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bayesify.errors import DataError
-from bayesify.tasks import TASKS, Gaussian, TaskName, Values, log_mean_exp
+from bayesify.tasks import TASKS, Gaussian, TaskName, Values, in_pieces, log_mean_exp
 
 if TYPE_CHECKING:
     from bayesify.calibration import Conformal
@@ -79,10 +79,7 @@ class Predictive:
     @property
     def member_log_probs(self) -> Tensor:
         """[K, S, B, C] log-probabilities of each member and sample."""
-        if self.task == "multilabel":
-            return torch.nn.functional.logsigmoid(self.outputs.float())
-        self._needs("classification")
-        return self.outputs.float().log_softmax(-1)
+        return self._log_probs(self.outputs)
 
     @property
     def member_probs(self) -> Tensor:
@@ -92,7 +89,7 @@ class Predictive:
     @property
     def log_probs(self) -> Tensor:
         """[B, C] log of the mixture's probabilities, by logsumexp over members and samples."""
-        return log_mean_exp(self.member_log_probs, (0, 1))
+        return self._of_places(log_mean_exp)
 
     @property
     def probs(self) -> Tensor:
@@ -104,14 +101,14 @@ class Predictive:
         """[B] total uncertainty H[mean p], in nats; [B, L] for several labels."""
         if self.task == "multilabel":
             return self.binary.entropy
-        return _entropy(self.log_probs)
+        return self._of_places(_total_entropy)
 
     @property
     def mutual_information(self) -> Tensor:
         """[B] disagreement H[mean p] − mean H[p] ≥ 0, in nats: what the members do not know together."""
         if self.task == "multilabel":
             return self.binary.mutual_information
-        return (self.entropy - _entropy(self.member_log_probs).mean((0, 1))).clamp_min(0.0)
+        return self._of_places(_mutual_information)
 
     @property
     def mean(self) -> Tensor:
@@ -195,6 +192,21 @@ class Predictive:
             raise DataError("there is no prediction to concatenate: the data set is empty.")
         return replace(parts[0], outputs=torch.cat([part.outputs for part in parts], dim=2))
 
+    def _log_probs(self, outputs: Tensor) -> Tensor:
+        if self.task == "multilabel":
+            return torch.nn.functional.logsigmoid(outputs.float())
+        self._needs("classification")
+        return outputs.float().log_softmax(-1)
+
+    def _of_places(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """[B, ...] or [B, ..., C] what a function makes of log-probabilities [K·S, ..., C] of some places at a time:
+        examples, tokens or pixels."""
+        places = self.outputs.flatten(0, 1)
+        if places.is_contiguous():  # pixels, whose classes lie apart, would be copied
+            places = places.flatten(1, -2)
+        found = in_pieces(lambda piece: function(self._log_probs(piece)), places, 1)
+        return found.view(self.outputs.shape[2:-1] + found.shape[places.dim() - 2 :])
+
     @property
     def _moments(self) -> tuple[Tensor, Tensor]:
         """Mean and variance [K, S, B, D] of each member and sample."""
@@ -211,3 +223,11 @@ class Predictive:
 
 def _entropy(log_probs: Tensor) -> Tensor:
     return torch.special.entr(log_probs.exp()).sum(-1)
+
+
+def _total_entropy(log_probs: Tensor) -> Tensor:
+    return _entropy(log_mean_exp(log_probs))
+
+
+def _mutual_information(log_probs: Tensor) -> Tensor:
+    return (_total_entropy(log_probs) - _entropy(log_probs).mean(0)).clamp_min(0.0)

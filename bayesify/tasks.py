@@ -6,6 +6,7 @@ Shapes: M members (or members times samples), B examples, C classes, L labels, D
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -69,10 +70,7 @@ class Classification(Task):
         along, end = (1, -2) if self.class_dim == -1 else (self.class_dim + 1, -1)
         if outputs.dim() + end < along or not _is_large(outputs):
             return self._mixture(outputs)
-        places = outputs.flatten(along, end)
-        each = max(1, _PIECE * places.shape[along] // places.numel())
-        found = [self._mixture(piece) for piece in places.split(each, along)]
-        return torch.cat(found, along - 1).view(outputs.shape[1:])
+        return in_pieces(self._mixture, outputs.flatten(along, end), along).view(outputs.shape[1:])
 
     def _mixture(self, outputs: Tensor) -> Tensor:
         return log_mean_exp(outputs.float().log_softmax(self.class_dim))
@@ -290,10 +288,18 @@ def _is_large(outputs: Tensor) -> bool:
     return outputs.device.type == "cpu" and not torch.compiler.is_compiling() and outputs.numel() > 2 * _PIECE
 
 
-def log_mean_exp(log_probs: Tensor, dim: int | tuple[int, ...] = 0) -> Tensor:
-    """The log of the mean of what the values are the logs of."""
-    dims = (dim,) if isinstance(dim, int) else dim
-    return log_probs.logsumexp(dims) - math.log(math.prod(log_probs.shape[d] for d in dims))
+def in_pieces(function: Callable[[Tensor], Tensor], outputs: Tensor, along: int) -> Tensor:
+    """What a function of outputs [M, ...] gives, a few places at a time: it takes each in one dimension by itself, and
+    the M outputs together."""
+    if not _is_large(outputs):
+        return function(outputs)
+    each = max(1, _PIECE * outputs.shape[along] // outputs.numel())
+    return torch.cat([function(piece) for piece in outputs.split(each, along)], along - 1)
+
+
+def log_mean_exp(log_probs: Tensor) -> Tensor:
+    """The log of the mean over the first dimension of what the values are the logs of."""
+    return log_probs.logsumexp(0) - math.log(len(log_probs))
 
 
 def check_labels(targets: Tensor, num_classes: int) -> None:

@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,29 @@ def two_processes() -> tuple[str, ...]:
     return ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}")
 
 
-def alone_and_together(function: Callable[[Path], Any], folder: Path) -> tuple[Path, Path]:
-    """Call a function of a test module with a folder here, and with another one in each of two processes."""
-    alone, together = folder / "alone", folder / "together"
-    for made in (alone, together):
-        made.mkdir()
-    function(alone)
-    _call_in_two_processes(function, together)
-    return alone, together
+def alone_and_together(functions: Sequence[Callable[[Path], Any]], folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Call functions of a test module, each with a folder here, and with another one in each of two processes."""
+    names = [function.__name__ for function in functions]
+    folders = {name: (folder / "alone" / name, folder / "together" / name) for name in names}
+    for alone, together in folders.values():
+        alone.mkdir(parents=True)
+        together.mkdir(parents=True)
+    for function in functions:
+        function(folders[function.__name__][0])
+    _call_in_two_processes(functions, folder)
+    return folders
 
 
-def _call_in_two_processes(function: Callable[[Path], Any], folder: Path) -> None:
-    file = Path(function.__code__.co_filename)
+def _call_in_two_processes(functions: Sequence[Callable[[Path], Any]], folder: Path) -> None:
+    """One start for all, as it takes most of the time."""
+    file = Path(functions[0].__code__.co_filename)
+    names = [function.__name__ for function in functions]
+    calls = [f"{name}(Path({str(folder / 'together' / name)!r}))\n" for name in names]
     script = folder / "script.py"
     script.write_text(
         f"import sys, torch\nsys.path[:0] = {[str(file.parent), str(Path(__file__).parent)]!r}\n"
         "torch.set_num_threads(1)\nfrom pathlib import Path\n"
-        f"from {file.stem} import {function.__name__}\n{function.__name__}(Path({str(folder)!r}))\n"
+        f"from {file.stem} import {', '.join(names)}\n{''.join(calls)}"
         # A group that is left open may abort a process at its end.
         "if torch.distributed.is_initialized():\n    torch.distributed.destroy_process_group()\n"
     )

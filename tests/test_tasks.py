@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,24 @@ def test_many_logits_are_mixed_piece_by_piece(
         found.flatten()[::3].sum().backward()
         grads.append(given.grad)
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 5, 7), (2, 3, 2, 6, 5)], ids=["classes", "tokens", "labels"])
+def test_doubt_is_computed_piece_by_piece(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes [B, ..., C], of K · S = 6 outputs."""
+    task: TaskName = "multilabel" if len(shape) == 5 else "classification"
+    outputs = 3 * torch.randn(2, 3, *shape)
+    p = outputs.double().sigmoid() if task == "multilabel" else outputs.double().softmax(-1)
+    family = Bernoulli if task == "multilabel" else Categorical
+    entropy = family(p.mean((0, 1))).entropy()
+    information = entropy - family(p).entropy().mean((0, 1))
+    apart = outputs.mT.contiguous().mT  # as the classes of pixels lie in memory
+    for piece, given in itertools.product((1 << 19, 20), (outputs, apart)):
+        monkeypatch.setattr(tasks, "_PIECE", piece)
+        found = Predictive(given, task)
+        torch.testing.assert_close(found.probs.double(), p.mean((0, 1)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.mutual_information.double(), information, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ means and variances

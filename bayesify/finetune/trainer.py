@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from bayesify.batch import Rows, split_batch
 from bayesify.data.seeding import seeded
@@ -29,6 +29,7 @@ from bayesify.finetune.checkpoint import (
     set_random_state,
     trained_state,
 )
+from bayesify.finetune.checks import check_halves, check_map_style, check_partition, check_plain
 from bayesify.finetune.config import FineTuneConfig
 from bayesify.finetune.groups import make_optimizer, make_schedule, select_trained
 from bayesify.finetune.log import TrainingLog
@@ -86,11 +87,8 @@ class FineTuner:
         if config is not None and not isinstance(config, FineTuneConfig):
             raise ConfigError(f"config must be a FineTuneConfig; found {type(config).__name__}.")
         for data in (train, validation):
-            if data is not None and not _is_map_style(data):
-                raise DataError(
-                    f"expected a map-style data set, with len() and [index]; found {type(data).__name__}. Batches are "
-                    "made here: give the data set itself."
-                )
+            if data is not None:
+                check_map_style(data)
         if task is not None and isinstance(model, BayesianModel):
             raise ConfigError("task= is for plain networks; that of a Bayesian model is given where it is converted.")
         if task is not None and task not in TASKS:
@@ -113,8 +111,8 @@ class FineTuner:
             world=self.accelerator.num_processes,
             seed=self.config.seed,
         )
-        _check_plain(model, self.config)
-        _check_partition(model, self.config, self.batches)
+        check_plain(model, self.config)
+        check_partition(model, self.config, self.batches)
         per_epoch = max(1, math.ceil(len(self.batches) / self.config.accumulation))
         self.total_steps = self.config.steps or self.config.epochs * per_epoch
         self.eval_every = self.config.eval_every or per_epoch
@@ -141,7 +139,7 @@ class FineTuner:
         self._settle()
         set_seed(config.seed, device_specific=True)
         select_trained(self.model, config)
-        _check_halves(self.model)
+        check_halves(self.model)
         bayesian = isinstance(self.model, BayesianModel)
         optimizer = make_optimizer(self.model, config)
         progress: dict[str, Any] = {"step": 0, "best_nll": None, "best_step": None}
@@ -378,12 +376,6 @@ class FineTuner:
         return progress, best
 
 
-def _is_map_style(data: Any) -> bool:
-    if isinstance(data, (DataLoader, IterableDataset)):
-        return False
-    return hasattr(data, "__getitem__") and hasattr(data, "__len__")
-
-
 def _accelerator(config: FineTuneConfig, output: Path | None) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.precision:
         AcceleratorState._reset_state(reset_partial_state=False)  # the state is global, the precision is not
@@ -398,36 +390,6 @@ def _zero(model: nn.Module) -> Tensor:
     """Zero, with a gradient for every parameter that trains: processes wait for all, used in the forward or not."""
     firsts = [p.flatten()[0].float() for p in model.parameters() if p.requires_grad and p.numel()]
     return 0.0 * torch.stack(firsts).sum()
-
-
-def _check_plain(model: nn.Module, config: FineTuneConfig) -> None:
-    """A network without members has no use for these; what only scales the KL or the factors is let pass."""
-    if isinstance(model, BayesianModel):
-        return
-    usual = FineTuneConfig()
-    for name in ("train", "train_also", "norms_and_biases", "expand", "likelihood", "train_samples"):
-        if getattr(config, name) != getattr(usual, name):
-            raise ConfigError(f"{name}={getattr(config, name)!r} has no meaning for a network that is not Bayesian.")
-
-
-def _check_halves(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype == torch.float16:
-            raise ConfigError(
-                f"{name} is float16, in which squares of gradients vanish and steps are lost. Call model.float() "
-                "first, and have precision='fp16' or 'bf16' for speed."
-            )
-
-
-def _check_partition(model: nn.Module, config: FineTuneConfig, batches: RankBatches) -> None:
-    if config.expand != "partition" or not isinstance(model, BayesianModel):
-        return
-    share = batches.batch_size // batches.world
-    if share % model.members:
-        raise DataError(
-            f"expand='partition' needs a batch on each process that {model.members} members can share; found {share} "
-            f"examples. Give a batch_size that is a multiple of {model.members * batches.world}."
-        )
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

@@ -20,12 +20,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from bayesify.errors import BayesifyError, DataError, RowsError
 from bayesify.layers import lstm
+from bayesify.layers.gates import GateKernel, step_of
 from bayesify.layers.linear import fold_matrix
 from bayesify.layers.maps import DENSE
 from bayesify.layers.product import product, scratch
 from bayesify.layers.registry import Rank1Layer, bias_of, is_exact, original_class, rank1
 from bayesify.layers.scan import scan, signs
-from bayesify.layers.site import AdditiveSite, Site, repeat_rows
+from bayesify.layers.site import AdditiveSite, Site
 
 State = Any
 """Initial or final state: a tensor, a pair of tensors (LSTM) or None."""
@@ -89,64 +90,6 @@ class _Recurrent(Rank1Layer):
             self._parameters.update(before)
             if flat is not None:
                 self.__dict__["_flat_weights"] = flat
-
-
-# ------------------------------------------------------------------------------------------------ one step
-
-
-def _lstm(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    i, f, g, o = (gx + gh).chunk(4, -1)
-    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
-
-
-def _gru(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    (xr, xz, xn), (hr, hz, hn) = gx.chunk(3, -1), gh.chunk(3, -1)
-    z = (xz + hz).sigmoid()
-    n = (xn + (xr + hr).sigmoid() * hn).tanh()
-    return (n + z * (state[0] - n),)
-
-
-def _tanh(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return ((gx + gh).tanh(),)
-
-
-def _relu(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return ((gx + gh).relu(),)
-
-
-def _step(layer: nn.Module) -> Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """The arithmetic after the gate kernels: gates from x, gates from h, old state -> new state (h first)."""
-    if isinstance(layer, (nn.LSTM, nn.LSTMCell)):
-        return _lstm
-    if isinstance(layer, (nn.GRU, nn.GRUCell)):
-        return _gru
-    return _tanh if layer.nonlinearity == "tanh" else _relu
-
-
-class _Kernel:
-    """One gate kernel with its draw repeated to the rows of the batch (in the order of a packed sequence)."""
-
-    def __init__(self, layer: _Recurrent, name: str, rows: int, order: Tensor | None, dtype: torch.dtype) -> None:
-        self.site: Site = layer.rank1[name]  # type: ignore[assignment]
-        self.weight: Tensor = getattr(layer, name)
-        self.bias: Tensor | None = getattr(layer, bias_of(name), None)
-        parts = (self.site.s, self.site.r, self.site.own_bias)
-        vectors = [None if part is None else repeat_rows(part.value(), rows).to(dtype) for part in parts]
-        # A draw of one row broadcasts; any other follows the order in which the packed sequence holds its rows.
-        self.s, self.r, own_bias = (
-            v if v is None or order is None or v.shape[0] == 1 else v.index_select(0, order) for v in vectors
-        )
-        if self.bias is not None:
-            self.bias = self.bias.unsqueeze(0) if own_bias is None else self.bias + own_bias
-
-    def __call__(self, x: Tensor, index: Tensor | slice) -> Tensor:
-        """The perturbed map of x [n, in], with the rows of the draw given by `index`."""
-        s, r, bias = (v if v is None or v.shape[0] == 1 else v[index] for v in (self.s, self.r, self.bias))
-        y = F.linear(x if s is None else self.site.enter(x, s), self.weight)
-        if r is None:
-            return y if bias is None else y + bias
-        return self.site.leave(y, r, bias)
 
 
 # ------------------------------------------------------------------------------------------------ layers
@@ -318,14 +261,14 @@ class _Rank1RNN(_Recurrent):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One layer in one direction: data [total, in] -> output [total, out] and the final state."""
         kernels = {
-            part: _Kernel(self, f"weight_{part}_{name}", sizes[0], order, data.dtype)
+            part: GateKernel(self, f"weight_{part}_{name}", sizes[0], order, data.dtype)
             for part in ("ih", "hh", "hr")
             if f"weight_{part}_{name}" in self.rank1
         }
         fused = self._fused(kernels, data, sizes, state, reverse)
         if fused is not None:
             return fused
-        step, project = _step(self), kernels.get("hr")
+        step, project = step_of(self), kernels.get("hr")
         index = torch.cat([torch.arange(n, device=data.device) for n in sizes])
         gates = kernels["ih"](data, index).split(sizes)
         outputs: list[Tensor] = []
@@ -341,7 +284,7 @@ class _Rank1RNN(_Recurrent):
         return torch.cat(outputs[::-1] if reverse else outputs), state
 
     def _fused(
-        self, kernels: dict[str, _Kernel], data: Tensor, sizes: list[int], state: tuple[Tensor, ...], reverse: bool
+        self, kernels: dict[str, GateKernel], data: Tensor, sizes: list[int], state: tuple[Tensor, ...], reverse: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """The same as one operation: of an LSTM without projections, on sequences of one length, if it applies."""
         rows = sizes[0]
@@ -401,10 +344,10 @@ class _Rank1Cell(_Recurrent):
         state = hx if lstm else (hx,)
         everything = slice(0, rows)
         gx, gh = (
-            _Kernel(self, name, rows, None, input.dtype)(value, everything)
+            GateKernel(self, name, rows, None, input.dtype)(value, everything)
             for name, value in (("weight_ih", input), ("weight_hh", state[0]))
         )
-        new = _step(self)(gx, gh, state)
+        new = step_of(self)(gx, gh, state)
         return new if lstm else new[0]
 
     def _own(self, input: Tensor, hx: State = None) -> State:

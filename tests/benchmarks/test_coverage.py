@@ -21,7 +21,7 @@ def test_fast_subset_passes(suite: str, tmp_path: Path) -> None:
     command = [sys.executable, str(RUN), suite, "--fast", "--workers", "1", "--output", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, timeout=900)
     rows = json.loads((tmp_path / suite / "results.json").read_text())["rows"]
-    assert len(rows) >= 6
+    assert len(rows) >= 4
     for row in rows:
         assert (row["name"], row["status"], row.get("error")) == (row["name"], "ok", None)
         assert row["share"] == 1.0

@@ -111,8 +111,8 @@ def train_and_save(folder: Path) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    alone, together = alone_and_together(train_and_save, tmp_path)
-    expected, found = (load_file(folder / "state.safetensors") for folder in (alone, together))
+    folders = alone_and_together([train_and_save], tmp_path)["train_and_save"]
+    expected, found = (load_file(folder / "state.safetensors") for folder in folders)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)
 

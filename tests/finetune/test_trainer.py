@@ -644,15 +644,6 @@ def with_an_idle_parameter(folder: Path) -> None:
         save_file(state_of(bnn), folder / "state.safetensors")
 
 
-def test_processes_do_not_wait_for_what_is_not_used(tmp_path: Path) -> None:
-    one, two = (
-        load_file(folder / "state.safetensors") for folder in alone_and_together(with_an_idle_parameter, tmp_path)
-    )
-    assert torch.equal(two["model.token"], torch.ones(3))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-5)
-
-
 def both_posteriors(folder: Path) -> None:
     """Two short runs, with everything that can be compared written to a folder by the main process."""
     for posterior in ("deterministic", "normal"):
@@ -667,8 +658,32 @@ def both_posteriors(folder: Path) -> None:
             (folder / f"{posterior}.json").write_text(json.dumps(without_time(result.history)))
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    alone, together = alone_and_together(both_posteriors, tmp_path)
+def the_first_alone_resumes(folder: Path) -> None:
+    """As on machines without a common file system."""
+    tune(network(), folder / "0", steps=2, epochs=None)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        tune(network(), folder / str(rank), steps=2, epochs=None, resume=rank == 0)
+    except FormatError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """{run: its folder in one process, and in two}."""
+    runs = [with_an_idle_parameter, both_posteriors, the_first_alone_resumes]
+    return alone_and_together(runs, tmp_path_factory.mktemp("processes"))
+
+
+def test_processes_do_not_wait_for_what_is_not_used(processes: dict[str, tuple[Path, Path]]) -> None:
+    one, two = (load_file(folder / "state.safetensors") for folder in processes["with_an_idle_parameter"])
+    assert torch.equal(two["model.token"], torch.ones(3))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_equal_one(processes: dict[str, tuple[Path, Path]]) -> None:
+    alone, together = processes["both_posteriors"]
     checkpoint = json.loads((together / "normal" / "checkpoint" / "checkpoint.json").read_text())
     assert checkpoint["progress"]["run"]["processes"] == 2
     for posterior in ("deterministic", "normal"):
@@ -685,18 +700,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert one[0]["kl"] > 100
 
 
-def the_first_alone_resumes(folder: Path) -> None:
-    """As on machines without a common file system."""
-    tune(network(), folder / "0", steps=2, epochs=None)
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        tune(network(), folder / str(rank), steps=2, epochs=None, resume=rank == 0)
-    except FormatError as error:
-        (folder / f"{rank}.txt").write_text(str(error))
-
-
-def test_processes_that_would_go_on_from_different_steps(tmp_path: Path) -> None:
-    alone, together = alone_and_together(the_first_alone_resumes, tmp_path)
+def test_processes_that_would_go_on_from_different_steps(processes: dict[str, tuple[Path, Path]]) -> None:
+    alone, together = processes["the_first_alone_resumes"]
     assert not (alone / "0.txt").exists()
     for rank in (0, 1):
         assert "from different steps ([2, 0])" in (together / f"{rank}.txt").read_text()
