@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 
 FILE = Path(__file__).with_name("cost.json")
+CLOSE = 1.01
+"""Times this close are the same as far as can be foretold: then fewer members at once need less memory."""
 _REMEMBERED = 1024
 """Number of sizes of inputs for which a choice is kept: those of a decoder grow with each token."""
 
@@ -44,7 +46,7 @@ class Costs:
     Attributes:
         call: of calling a layer, and what lies between it and the next.
         product: of one multiplication in a linear map.
-        weight: of reading one element of a weight.
+        weight: of reading one element of a weight, and laying it out.
         multiply: of multiplying one element of activations by a factor.
         fold: of multiplying one element of a weight by its factors.
         fresh: of one element of memory that is had from the system, as tensors beyond `kept_bytes` are.
@@ -69,14 +71,17 @@ class Costs:
         Args:
             single: whether all rows share one draw, which may then be folded into the weight.
         """
-        seconds = self.call * work.calls + max(self.product * work.products * rows, self.weight * work.weight)
-        if 4 * work.outputs * rows / max(work.calls, 1) > self.kept_bytes:
-            seconds += self.fresh * work.outputs * rows
+        seconds = self.call * work.calls + self.product * work.products * rows + self.weight * work.weight
+        seconds += self.of_memory(work.outputs * rows, work.calls)
         if self.folded(work, rows, single):
             seconds += self.fold * work.weight
         elif work.factors:
             seconds += self.multiply * (work.inputs + work.outputs) * rows
         return seconds
+
+    def of_memory(self, elements: float, tensors: int = 1) -> float:
+        """Seconds of getting memory for tensors of one size, with so many elements together."""
+        return self.fresh * elements if 4 * elements / max(tensors, 1) > self.kept_bytes else 0.0
 
     def folded(self, work: Work, rows: float, single: bool) -> bool:
         """Whether a layer's factors go into its weight."""
@@ -96,10 +101,12 @@ class Workload:
     Attributes:
         sites: the work of layers that members do not share.
         shared: of layers that all members share.
+        outputs: elements that the network gives for one example.
     """
 
     sites: Mapping[str, Work]
     shared: Mapping[str, Work]
+    outputs: float = 0.0
     _at_once: dict[tuple[int, float, bool], int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def seconds(self, members: int, at_once: int, examples: float, single: bool, machine: Costs | None = None) -> float:
@@ -112,7 +119,8 @@ class Workload:
         c, alone = machine or costs(), single and at_once == 1
         own = sum(c.of_layer(work, at_once * examples, alone) for work in self.sites.values())
         shared = sum(c.of_layer(work, examples, False) for work in self.shared.values())
-        return members / at_once * (own + shared)
+        joined = 0.0 if at_once == members else c.of_memory(self.outputs * members * examples)
+        return members / at_once * (own + shared) + joined
 
     def plain_seconds(self, examples: float) -> float:
         """Of one forward pass of the network without factors."""
@@ -124,7 +132,8 @@ class Workload:
         sizes = (members, examples, single)
         least = self._at_once.get(sizes)
         if least is None:
-            least = min(divisors(members), key=lambda count: self.seconds(members, count, examples, single))
+            seconds = {count: self.seconds(members, count, examples, single) for count in divisors(members)}
+            least = min(count for count in seconds if seconds[count] <= CLOSE * min(seconds.values()))
             if len(self._at_once) >= _REMEMBERED:
                 self._at_once.clear()
             self._at_once[sizes] = least

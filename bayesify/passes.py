@@ -361,7 +361,9 @@ def _close(values: Tensor) -> tuple[float, float]:
 
 @outside
 def _stacked(found: list[list[Tensor]]) -> Tensor:
-    return torch.stack([torch.cat(parts) for parts in found], 1)
+    """[K, S, B, ...] of the parts [k, B, ...] of each sample; what is whole is not copied."""
+    samples = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in found]
+    return samples[0].unsqueeze(1) if len(samples) == 1 else torch.stack(samples, 1)
 
 
 @outside

@@ -104,5 +104,6 @@ def _look(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> St
     workload = Workload(
         {name: value for name, value in work.items() if name not in before},
         {name: value for name, value in work.items() if name in before},
+        _elements(output) / (batch * _TIMES),
     )
     return Strategy(workload, _elements((args, kwargs)) / batch, plain, cut)

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from bayesify import Rank1Config, bayesify
+from bayesify import Rank1Config, bayesify, cost
 from bayesify.cost import Costs, Work, Workload, divisors
 from bayesify.cost_report import cost_report, first_site_report
 from bayesify.errors import ConversionError
@@ -17,9 +17,18 @@ def test_a_layer_without_factors_costs_no_multiplications() -> None:
     costs = Costs(call=1.0, product=0.5, weight=0.25, multiply=0.125, fold=0.0625, fresh=100.0)
     work = Work(calls=2, weight=8, inputs=4.0, outputs=16.0, products=10.0)
     plain = Work(2, 8, 4.0, 16.0, 10.0, factors=False)
-    assert costs.of_layer(plain, 3, single=False) == 2 * 1.0 + 3 * 10 * 0.5
-    assert costs.of_layer(work, 3, single=False) == 17.0 + 3 * 20 * 0.125
-    assert costs.of_layer(work, 3, single=True) == 17.0 + 8 * 0.0625  # folded, which costs less
+    assert costs.of_layer(plain, 3, single=False) == 2 * 1.0 + 3 * 10 * 0.5 + 8 * 0.25
+    assert costs.of_layer(work, 3, single=False) == 19.0 + 3 * 20 * 0.125
+    assert costs.of_layer(work, 3, single=True) == 19.0 + 8 * 0.0625  # folded, which costs less
+
+
+def test_large_outputs_cost_memory_and_are_joined_if_they_come_in_parts() -> None:
+    costs = Costs(call=0.0, product=0.0, weight=0.0, multiply=0.0, fold=0.0, fresh=1.0, kept_bytes=400)
+    work = Work(calls=2, weight=0, inputs=0.0, outputs=100.0, products=0.0)
+    assert [costs.of_layer(work, rows, single=False) for rows in (1, 2, 3)] == [0.0, 0.0, 300.0]
+    load = Workload({"head": work}, {}, outputs=50.0)
+    assert [load.seconds(4, count, 1.0, False, costs) for count in (4, 2, 1)] == [400.0, 200.0, 200.0]
+    assert [load.seconds(4, count, 0.5, False, costs) for count in (4, 2, 1)] == [0.0, 0.0, 0.0]
 
 
 def test_the_least_of_the_totals_is_taken() -> None:
@@ -28,7 +37,7 @@ def test_the_least_of_the_totals_is_taken() -> None:
     inputs = ((torch.randn(2, 3, 64, 64),), {})
     report = cost_report(bnn, inputs)
     assert list(report.totals) == divisors(4) == [4, 2, 1]
-    assert report.totals[report.at_once] == min(report.totals.values())
+    assert report.totals[report.at_once] <= cost.CLOSE * min(report.totals.values())
     assert report.parted == "layer4.0.conv1"
     strategy = bnn.passes.strategies.of(*inputs)
     assert report.at_once == strategy.members_at_once(4, *inputs, single=True)

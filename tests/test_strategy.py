@@ -216,6 +216,10 @@ def test_costs_decide() -> None:
     assert wide.members_at_once(4, 8, single=True) == 1
     shared = Workload(wide.sites, {"trunk": Work(100, 1000, 1e7, 1e7, 1e12)})
     assert shared.members_at_once(4, 8, single=True) == 4
+    loud = Workload(wide.sites, {}, outputs=1e9)
+    assert loud.members_at_once(4, 8, single=True) == 4, "outputs would be joined"
+    level = Workload({"a": Work(1, 0, 0, 0, 1e12, factors=False)}, {})
+    assert level.members_at_once(4, 8, single=True) == 1, "which takes the least memory"
 
 
 def test_choices_are_remembered_for_as_many_sizes_as_memory_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
