@@ -36,7 +36,7 @@ class CostReport:
         members: K.
         plain: of K passes of the plain network.
         totals: {members at once: of all members}.
-        at_once: the number of members at once that is taken: the least of them, or near to it with fewer members at once.
+        at_once: the number of members at once that is taken: with the least of them, or close to it.
         parted: the module at whose inputs members part; `None` where they do from the beginning.
         layers: of one pass with so many members.
     """
