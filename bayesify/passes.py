@@ -362,8 +362,13 @@ def _close(values: Tensor) -> tuple[float, float]:
 @outside
 def _stacked(found: list[list[Tensor]]) -> Tensor:
     """[K, S, B, ...] of the parts [k, B, ...] of each sample; what is whole is not copied."""
-    samples = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in found]
+    samples = [parts[0] if len(parts) == 1 and _is_whole(parts[0]) else torch.cat(parts) for parts in found]
     return samples[0].unsqueeze(1) if len(samples) == 1 else torch.stack(samples, 1)
+
+
+def _is_whole(value: Tensor) -> bool:
+    """Whether it is all that its memory holds: of a slice, the rest would live as long."""
+    return type(value) is Tensor and value.untyped_storage().nbytes() == value.numel() * value.element_size()
 
 
 @outside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,3 +130,26 @@ def test_a_look_at_inputs_with_a_state_waits_for_plain_ones() -> None:
     assert cache.get_seq_length() == 5
     bnn(input_ids=torch.randint(50, (2, 5)))
     assert not bnn.report.unsettled
+
+
+class FirstToken(nn.Module):
+    """Gives a slice of what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[:, 0]
+
+
+@pytest.mark.parametrize("model", [FirstToken(), nn.Linear(4, 3)], ids=["slice", "whole"])
+@pytest.mark.parametrize("options", [{}, {"member_chunk": 1}, {"samples": 2, "seed": 0}], ids=str)
+def test_predictions_keep_no_more_memory_than_they_fill(model: nn.Module, options: dict[str, Any]) -> None:
+    bnn = bayesify(copy.deepcopy(model), members=2, init_scale=0.5, task="classification").eval()
+    x = torch.randn(5, 7, 4) if isinstance(model, FirstToken) else torch.randn(5, 4)
+    outputs = bnn.predict(x, **options).outputs
+    assert outputs.untyped_storage().nbytes() == 4 * outputs.numel()
+    if "samples" not in options:
+        for k in range(2):
+            torch.testing.assert_close(outputs[k, 0], bnn.merge(k).eval()(x))
