@@ -133,7 +133,8 @@ class Workload:
         least = self._at_once.get(sizes)
         if least is None:
             seconds = {count: self.seconds(members, count, examples, single) for count in divisors(members)}
-            least = min(count for count in seconds if seconds[count] <= CLOSE * min(seconds.values()))
+            most = CLOSE * min(seconds.values())
+            least = min(count for count in seconds if seconds[count] <= most)
             if len(self._at_once) >= _REMEMBERED:
                 self._at_once.clear()
             self._at_once[sizes] = least

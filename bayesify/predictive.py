@@ -201,11 +201,9 @@ class Predictive:
     def _of_places(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """[B, ...] or [B, ..., C] what a function makes of log-probabilities [K·S, ..., C] of some places at a time:
         examples, tokens or pixels."""
-        places = self.outputs.flatten(0, 1)
-        if places.is_contiguous():  # pixels, whose classes lie apart, would be copied
-            places = places.flatten(1, -2)
-        found = in_pieces(lambda piece: function(self._log_probs(piece)), places, 1)
-        return found.view(self.outputs.shape[2:-1] + found.shape[places.dim() - 2 :])
+        outputs = self.outputs.flatten(0, 1)
+        last = outputs.dim() - 2 if outputs.is_contiguous() else 1  # pixels, whose classes lie apart, would be copied
+        return in_pieces(lambda piece: function(self._log_probs(piece)), outputs, 1, last)
 
     @property
     def _moments(self) -> tuple[Tensor, Tensor]:

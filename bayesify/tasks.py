@@ -67,10 +67,9 @@ class Classification(Task):
 
     def mixture(self, outputs: Tensor) -> Tensor:
         """The log of the mean probability."""
-        along, end = (1, -2) if self.class_dim == -1 else (self.class_dim + 1, -1)
-        if outputs.dim() + end < along or not _is_large(outputs):
-            return self._mixture(outputs)
-        return in_pieces(self._mixture, outputs.flatten(along, end), along).view(outputs.shape[1:])
+        last = outputs.dim() - 1
+        places = (1, last - 1) if self.class_dim == -1 else (self.class_dim + 1, last)
+        return in_pieces(self._mixture, outputs, *places)
 
     def _mixture(self, outputs: Tensor) -> Tensor:
         return log_mean_exp(outputs.float().log_softmax(self.class_dim))
@@ -288,13 +287,15 @@ def _is_large(outputs: Tensor) -> bool:
     return outputs.device.type == "cpu" and not torch.compiler.is_compiling() and outputs.numel() > 2 * _PIECE
 
 
-def in_pieces(function: Callable[[Tensor], Tensor], outputs: Tensor, along: int) -> Tensor:
-    """What a function of outputs [M, ...] gives, a few places at a time: it takes each in one dimension by itself, and
-    the M outputs together."""
-    if not _is_large(outputs):
+def in_pieces(function: Callable[[Tensor], Tensor], outputs: Tensor, first: int, last: int) -> Tensor:
+    """What a function of outputs [M, ...] gives, a few places at a time: it takes each of those in the dimensions from
+    `first` to `last` by itself, and the M outputs together."""
+    if last < first or not _is_large(outputs):
         return function(outputs)
-    each = max(1, _PIECE * outputs.shape[along] // outputs.numel())
-    return torch.cat([function(piece) for piece in outputs.split(each, along)], along - 1)
+    places = outputs.flatten(first, last)
+    each = max(1, _PIECE * places.shape[first] // places.numel())
+    found = torch.cat([function(piece) for piece in places.split(each, first)], first - 1)
+    return found.unflatten(first - 1, outputs.shape[first : last + 1])
 
 
 def log_mean_exp(log_probs: Tensor) -> Tensor:

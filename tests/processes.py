@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +24,22 @@ def alone_and_together(functions: Sequence[Callable[[Path], Any]], folder: Path)
     """Call functions of a test module, each with a folder here, and with another one in each of two processes."""
     names = [function.__name__ for function in functions]
     folders = {name: (folder / "alone" / name, folder / "together" / name) for name in names}
-    for alone, together in folders.values():
+    for function, (alone, together) in zip(functions, folders.values(), strict=True):
         alone.mkdir(parents=True)
         together.mkdir(parents=True)
-    for function in functions:
-        function(folders[function.__name__][0])
-    _call_in_two_processes(functions, folder)
+        function(alone)
+    calls = {name: together for name, (_, together) in folders.items()}
+    _call_in_two_processes(Path(functions[0].__code__.co_filename), calls, folder / "script.py")
     return folders
 
 
-def _call_in_two_processes(functions: Sequence[Callable[[Path], Any]], folder: Path) -> None:
-    """One start for all, as it takes most of the time."""
-    file = Path(functions[0].__code__.co_filename)
-    names = [function.__name__ for function in functions]
-    calls = [f"{name}(Path({str(folder / 'together' / name)!r}))\n" for name in names]
-    script = folder / "script.py"
+def _call_in_two_processes(file: Path, calls: Mapping[str, Path], script: Path) -> None:
+    """Call functions of a file, each with its folder; one start for all, as it takes most of the time."""
+    lines = [f"{name}(Path({str(folder)!r}))\n" for name, folder in calls.items()]
     script.write_text(
         f"import sys, torch\nsys.path[:0] = {[str(file.parent), str(Path(__file__).parent)]!r}\n"
         "torch.set_num_threads(1)\nfrom pathlib import Path\n"
-        f"from {file.stem} import {', '.join(names)}\n{''.join(calls)}"
+        f"from {file.stem} import {', '.join(calls)}\n{''.join(lines)}"
         # A group that is left open may abort a process at its end.
         "if torch.distributed.is_initialized():\n    torch.distributed.destroy_process_group()\n"
     )
