@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import platform
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -25,7 +26,8 @@ def measured(
 ) -> list[Row]:
     """The row of every job (the arguments of `measure`), all of them written to `file`.
 
-    Each is also kept beside it, in a folder of that name, and not measured again unless `redo`.
+    Each is also kept beside it, in a folder of that name, and not measured again unless `redo`. A row says which
+    processor it is of.
     """
     rows, jobs = [], list(jobs)
     with progress_bar(console=console) as progress:
@@ -33,7 +35,7 @@ def measured(
         for job in jobs:
             kept = file.with_suffix("") / f"{'-'.join(map(str, job))}.json"
             if redo or not kept.exists():
-                write_json(kept, measure(*job), indent=1)
+                write_json(kept, {**measure(*job), "processor": processor()}, indent=1)
             rows.append(json.loads(kept.read_text(encoding="utf-8")))
             progress.update(task, advance=1)
     write_json(file, rows, indent=1)
@@ -50,6 +52,17 @@ def show(file: Path, title: str, head: Sequence[str], body: Sequence[Sequence[st
     console.print(table)
     rule = "| --- |" + " ---: |" * (len(head) - 1)
     write_text(file, "\n".join([title, "", *markdown_table(head, rule, body)]))
+
+
+def processor() -> str:
+    """What the processor calls itself, and where Linux tells it the family and model that virtual names leave out."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    parts = (said.get("model name", platform.processor()), said.get("cpu family"), said.get("model"))
+    return ", ".join(f"{what}{part}" for what, part in zip(("", "family ", "model "), parts, strict=True) if part)
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
