@@ -29,7 +29,8 @@ _LINEAR_NAMES = {
     "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "lstm", "gru", "rnn_tanh", "rnn_relu",
     "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "_grouped_mm",
 }  # fmt: skip
-
+_TRACED = {"torch", "_operator", "builtins", "math"}
+"""Packages whose functions are what they are called."""
 
 ParameterOf = Callable[[fx.Node], str | None]
 """The full name of the parameter that a node of a graph stands for, if any."""
@@ -44,8 +45,8 @@ class _OneForward(fx.Tracer):
 
 @dataclass(frozen=True)
 class Use:
-    """A linear operation of a graph, or what may lead to one elsewhere (the call of a module, the output), with
-    operands made of parameters alone: these nodes, and what they are made of."""
+    """A linear operation of a graph, or what may lead to one elsewhere (the call of a module or of a function that is
+    not traced, the output), with operands made of parameters alone: these nodes, and what they are made of."""
 
     node: fx.Node
     weights: dict[fx.Node, frozenset[str]]
@@ -85,9 +86,9 @@ def linear_uses(
     """Follow parameters and inputs through a graph.
 
     Returns:
-        The linear operations with an operand computed from parameters alone, with the calls of child modules that are
-        given one beside an input, and the output if it is one; and the calls of child modules whose arguments do not
-        depend on any input.
+        The linear operations with an operand computed from parameters alone, with the calls of child modules and of
+        functions that are not traced that are given one beside an input, and the output if it is one; and the calls of
+        child modules whose arguments do not depend on any input.
     """
     sources: dict[fx.Node, frozenset[str]] = {}
     batch: dict[fx.Node, bool] = {}
@@ -106,7 +107,7 @@ def linear_uses(
         weights = [
             operand for operand in operands if sources[operand] and not batch[operand] and not _added(node, operand)
         ]
-        handed_on = node.op == "output" or (node.op == "call_module" and batch[node])
+        handed_on = node.op == "output" or (batch[node] and (node.op == "call_module" or is_untraced(node)))
         if weights and (handed_on or is_linear_operation(node)):
             uses.append(Use(node, {operand: sources[operand] for operand in weights}, batch[node]))
         if batch[node]:
@@ -118,6 +119,12 @@ def is_linear_operation(node: fx.Node) -> bool:
     if node.op == "call_function":
         return node.target in _LINEAR_FUNCTIONS or operation_name(node) in _LINEAR_NAMES
     return node.op == "call_method" and str(node.target).strip("_") in _LINEAR_NAMES
+
+
+def is_untraced(node: fx.Node) -> bool:
+    """Whether a node calls a function that its author keeps out of graphs (`torch.fx.wrap`): none of torch's."""
+    package = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+    return node.op == "call_function" and package not in _TRACED
 
 
 def _values(node: fx.Node, operands: list[fx.Node]) -> list[fx.Node]:

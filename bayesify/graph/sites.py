@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from bayesify.config import Rank1Config
 from bayesify.errors import ConversionError
-from bayesify.graph.capture import capture, is_tensor_input, linear_uses
+from bayesify.graph.capture import capture, is_tensor_input, is_untraced, linear_uses
 from bayesify.graph.export import export_uses
 from bayesify.graph.inputs import Inputs, derive_inputs
 from bayesify.graph.layout import CONSTANT, known_dims, may_be_elsewhere, observe
@@ -93,13 +93,14 @@ def _read_graphs(model: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
         if not _has_code_of_its_own(name, module, plan):
             continue
         graph = capture(module)
-        plan.routes[name] = "swap" if graph is None else "fx"
-        if graph is None:
+        parameter_of = _parameter_of(name, parameters)
+        uses, constant_calls = ([], []) if graph is None else linear_uses(graph.nodes, parameter_of, is_tensor_input)
+        plan.routes[name] = "fx"
+        if graph is None or any(is_untraced(use.node) for use in uses):
+            plan.routes[name] = "swap"
             untraced.append(name)
             suspicious = suspicious or _may_read_weights(module)
             continue
-        parameter_of = _parameter_of(name, parameters)
-        uses, constant_calls = linear_uses(graph.nodes, parameter_of, is_tensor_input)
         if uses:
             found.note_calls(name, graph)
         for use in uses:
@@ -134,7 +135,7 @@ def _read_untraced(
     elif suspicious:
         plan.notes.append(
             f"the forward of {untraced[0] or type(model).__name__} could not be traced or exported, so its layers were "
-            "swapped without a plan; pass example_inputs= to have the result checked on them"
+            "swapped without a plan; pass example_inputs= to have it exported and the result checked on them"
         )
     if exported is None:
         for name in untraced:

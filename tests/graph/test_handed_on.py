@@ -1,4 +1,5 @@
-"""Parameters at the borders of graphs: in regions of an exported one, given to children, returned to callers."""
+"""Parameters at the borders of graphs: in regions of an exported one, given to children or to functions that are not
+traced, returned to callers."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import SwinTransformer
 
 from bayesify import bayesify
 
@@ -64,6 +66,50 @@ def test_attention_that_is_given_a_learned_query(untraceable: bool) -> None:
     assert set(bnn.report.converted) == {"attention.in_proj_weight", "attention.out_proj", "head"}
     assert bnn.report.skipped["query"].startswith("raw parameter, ")
     outputs = bnn.predict(x).outputs
+    for k in range(2):
+        torch.testing.assert_close(outputs[k, 0], bnn.merge(k)(x))
+
+
+def multiplied(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.t()
+
+
+torch.fx.wrap("multiplied")
+
+
+class Wrapped(nn.Module):
+    """Hands the weight of a layer to a function that torch.fx does not trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(multiplied(x, self.layer.weight).tanh())
+
+
+def test_weights_in_functions_that_are_not_traced_are_found_in_an_exported_graph() -> None:
+    x = torch.randn(2, 4)
+    blind = bayesify(Wrapped(), members=2, init="normal")
+    assert "neither traced nor exported" in blind.report.skipped["layer"]
+    assert set(blind.report.converted) == {"head"}
+    bnn = bayesify(Wrapped(), members=2, init="normal", example_inputs=x)
+    assert set(bnn.report.converted) == {"layer", "head"}
+    for model in (blind, bnn):
+        outputs = model.predict(x).outputs
+        for k in range(2):
+            torch.testing.assert_close(outputs[k, 0], model.merge(k)(x))
+
+
+def test_torchvisions_windowed_attention_keeps_all_its_layers() -> None:
+    x = torch.randn(2, 3, 32, 32)
+    network = SwinTransformer([4, 4], 8, [2], [2], [4, 4], num_classes=3).eval()
+    bnn = bayesify(network, members=2, init="normal", example_inputs=x).eval()
+    assert {f"features.1.{block}.attn.{layer}" for block in (0, 1) for layer in ("qkv", "proj")} <= set(
+        bnn.report.converted
+    )
+    outputs = bnn.predict(x).outputs
+    assert not torch.allclose(outputs[0], outputs[1])
     for k in range(2):
         torch.testing.assert_close(outputs[k, 0], bnn.merge(k)(x))
 
