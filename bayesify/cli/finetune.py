@@ -93,6 +93,7 @@ def finetune(
     from bayesify.data import make_loader
     from bayesify.evaluation import evaluate
     from bayesify.finetune import FineTuner
+    from bayesify.finetune.checkpoint import has_checkpoint
     from bayesify.hub import load_model, origin_of
     from bayesify.hub.card import write_card
 
@@ -148,9 +149,8 @@ def finetune(
         result = tuner.fit(resume=checkpoint)
     except KeyboardInterrupt:
         if main:
-            typer.echo(
-                f"Interrupted. The same command with --resume goes on from the last checkpoint in {output}.", err=True
-            )
+            where = f"from the last checkpoint in {output}" if has_checkpoint(output / "checkpoint") else "from step 0"
+            typer.echo(f"Interrupted. The same command with --resume goes on {where}.", err=True)
         raise
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # or the others would wait for the evaluation, and time out
@@ -188,7 +188,9 @@ def finetune(
 
 def _check_folder(output: Path, resume: bool) -> bool:
     """Whether there is a checkpoint to go on from; raises `FormatError` if the folder must not be written to."""
-    checkpoint = any((output / name).is_dir() for name in ("checkpoint", ".checkpoint.old"))
+    from bayesify.finetune.checkpoint import has_checkpoint
+
+    checkpoint = has_checkpoint(output / "checkpoint")
     if not checkpoint and not (output / "log.jsonl").exists():
         new_output(output)
     elif not resume:

@@ -113,8 +113,8 @@ def with_options(**panels: str) -> Callable[[Callable[..., None]], Callable[...,
         @functools.wraps(function)
         def command(**values: Any) -> None:
             options = {
-                name: {field.name: _value(field, values.pop(field.name)) for field in dataclasses.fields(cls)}
-                for name, cls in groups.items()
+                group: {name: _value(cls, name, values.pop(name)) for name in field_names(cls)}
+                for group, cls in groups.items()
             }
             if (recipe := values.get("recipe")) is not None:
                 values |= _from_recipe(recipe, values["ctx"], options.pop("rank1") | options.pop("tuning"))
@@ -141,7 +141,7 @@ def _options(cls: Any, panel: str) -> list[inspect.Parameter]:
     for field in dataclasses.fields(cls):
         kind, optional = _without_none(hints[field.name])
         default = field.default
-        text = texts.get(field.name, "").replace("`None`", "0" if _zero_is_none(field) else "leaving it out")
+        text = texts.get(field.name, "").replace("`None`", "0" if field.name in _zeros(cls) else "leaving it out")
         text = text.replace("`", "")
         details: dict[str, Any] = {"help": text, "rich_help_panel": panel}
         if get_origin(kind) is Literal:
@@ -169,16 +169,21 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
     return kind, True
 
 
-def _value(field: dataclasses.Field[Any], value: Any) -> Any:
+def _value(cls: Any, name: str, value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
-    return None if value == 0 and _zero_is_none(field) else value
+    return None if value == 0 and name in _zeros(cls) else value
 
 
-def _zero_is_none(field: dataclasses.Field[Any]) -> bool:
-    """Whether 0, which would have no meaning, stands for None on the command line."""
-    kind = str(field.type)
-    return "None" in kind and ("int" in kind or field.default is not None)
+@functools.cache
+def _zeros(cls: Any) -> set[str]:
+    """Options of which 0, which would have no meaning, stands on the command line for the None of their text."""
+    found = set()
+    for field in dataclasses.fields(cls):
+        kind = str(field.type)
+        if "`None`" in _texts(cls).get(field.name, "") and "None" in kind:
+            found |= {field.name} if "int" in kind or field.default is not None else set()
+    return found
 
 
 def _texts(cls: Any) -> dict[str, str]:

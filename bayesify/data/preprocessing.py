@@ -77,7 +77,10 @@ def preprocessing_for(
     """
     if library == "timm":
         if kind != "image":
-            raise DataError(f"a timm model takes images; the data set holds {kind}s.")
+            raise DataError(
+                f"a timm model takes images; the data set holds {kind}s. Images in a table of paths are read from "
+                "their folder, with a metadata.csv of file_name and label in it."
+            )
         return _timm_preprocessing(model, image_size)
     config: Any = getattr(model, "config", None)
     if kind == "image":

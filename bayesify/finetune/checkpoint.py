@@ -88,26 +88,20 @@ def load_checkpoint(
     Raises:
         FormatError: the folder is missing, damaged, or of another run. All is checked before anything is changed.
     """
-    if not folder.exists() and folder.with_name(f".{folder.name}.old").exists():
-        folder = folder.with_name(f".{folder.name}.old")  # interrupted between the two moves of a save
+    folder = _found(folder)
     content = read_json(folder / "checkpoint.json", missing="there is no checkpoint to resume from")
     if content.get("format") != FORMAT:
         raise FormatError(f"{folder / 'checkpoint.json'}: format {content.get('format')!r}; expected {FORMAT}.")
     model_state = read_tensors(folder / "model.safetensors")
     best = _read(folder / "best.safetensors")
     try:
+        _check_run(folder, dict(content["progress"]["run"]), run)
         state, groups, progress = _parse(folder, content, optimizer)
-        before, states = dict(progress["run"]), len(progress["random"])
+        states = len(progress["random"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"{folder}: is damaged or no checkpoint of this program ({error!r}).") from error
-    for name in run:
-        if before.get(name) != run[name]:
-            raise FormatError(
-                f"{folder}: was written with {name}={before.get(name)!r}; found {run[name]!r}. "
-                "Resume with the options of the interrupted run, or start a new one in another folder."
-            )
     if states != run["processes"]:
         raise FormatError(f"{folder}: holds {states} random states; expected {run['processes']}.")
     if best:
@@ -115,6 +109,25 @@ def load_checkpoint(
     load_trained_state(model, model_state, str(folder / "model.safetensors"))
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     return progress, best
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is a checkpoint of that name, or the one before it."""
+    return _found(folder).is_dir()
+
+
+def _found(folder: Path) -> Path:
+    old = folder.with_name(f".{folder.name}.old")
+    return old if old.exists() and not folder.exists() else folder  # interrupted between the two moves of a save
+
+
+def _check_run(folder: Path, before: dict[str, Any], run: dict[str, Any]) -> None:
+    for name in run:
+        if before.get(name) != run[name]:
+            raise FormatError(
+                f"{folder}: was written with {name}={before.get(name)!r}; found {run[name]!r}. "
+                "Resume with the options of the interrupted run, or start a new one in another folder."
+            )
 
 
 def _parse(

@@ -22,6 +22,7 @@ from bayesify.data.seeding import seeded
 from bayesify.errors import ConfigError, DataError, FormatError, TrainingError
 from bayesify.finetune.batches import RankBatches, endless
 from bayesify.finetune.checkpoint import (
+    has_checkpoint,
     load_checkpoint,
     load_trained_state,
     random_state,
@@ -251,7 +252,8 @@ class FineTuner:
     def _diverged(self, optimizer: Any, step: int, what: str, numbers: str, nan: str | None = None) -> TrainingError:
         """The error, with weights as they are after the step before."""
         optimizer.zero_grad()
-        kept = f" The last checkpoint, in {self.output}, is kept." if self.output else ""
+        is_kept = self.checkpoint is not None and has_checkpoint(self.checkpoint)
+        kept = f" The last checkpoint, in {self.output}, is kept." if is_kept else ""
         advice = "Try a lower learning_rate or factor_lr_multiplier." if nan is None else f"Its batch {nan}"
         return TrainingError(f"the {what} at step {step + 1} ({numbers}). {advice}{kept}")
 

@@ -35,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     elif not (_is_matrix(rows) and _is_matrix(weight)):
         return F.linear(x, weight, bias)
     y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+    return _as_rows_of(x, y)
 
 
 def packed(weight: Tensor, like: Tensor) -> Tensor:
@@ -69,7 +69,12 @@ def _by_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b as the transpose of W xᵀ + b."""
     columns = x.reshape(-1, x.shape[-1]).t().contiguous()
     y = torch.mm(weight, columns) if bias is None else torch.addmm(bias.unsqueeze(1), weight, columns)
-    return y.t().contiguous().view(*x.shape[:-1], -1)
+    return _as_rows_of(x, y.t().contiguous())
+
+
+def _as_rows_of(x: Tensor, y: Tensor) -> Tensor:
+    """y [n, out] as [..., out]; no view to autograd, as a ReLU in place could not change one that a function gives."""
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

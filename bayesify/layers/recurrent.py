@@ -26,7 +26,7 @@ from bayesify.layers.maps import DENSE
 from bayesify.layers.product import product, scratch
 from bayesify.layers.registry import Rank1Layer, bias_of, is_exact, original_class, rank1
 from bayesify.layers.scan import scan, signs
-from bayesify.layers.site import AdditiveSite, Site
+from bayesify.layers.site import AdditiveSite, Site, check_channels
 
 State = Any
 """Initial or final state: a tensor, a pair of tensors (LSTM) or None."""
@@ -103,6 +103,7 @@ class _Rank1RNN(_Recurrent):
             raise BayesifyError(
                 f"a rank-1 recurrent layer needs a batched input [N, T, in]; found {tuple(input.shape)}."
             )
+        check_channels(input.data if isinstance(input, PackedSequence) else input, -1, self.input_size)  # type: ignore[arg-type]
         self._check_state(input, hx)
         if self.draws > self.members or not self._foldable:
             if is_exact(original_class(type(self))):
@@ -336,6 +337,7 @@ class _Rank1Cell(_Recurrent):
     def forward(self, input: Tensor, hx: State = None) -> State:  # type: ignore[override]
         if input.dim() != 2:
             raise BayesifyError(f"a rank-1 recurrent cell needs a batched input [N, in]; found {tuple(input.shape)}.")
+        check_channels(input, -1, self.input_size)  # type: ignore[arg-type]
         rows = input.shape[0]
         lstm = isinstance(self, nn.LSTMCell)
         if hx is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesify.distributions import Factor
-from bayesify.errors import RowsError
+from bayesify.errors import DataError, RowsError
 from bayesify.layers.maps import Map
 from bayesify.layers.members import MemberVector
 from bayesify.layers.product import product
@@ -72,6 +72,7 @@ class Site(nn.Module):
         of_s, of_r = self.s, self.r
         if of_s is not None:
             draw = of_s.value()
+            check_channels(x, dim, draw.shape[1])
             s, single = self._rows(draw, x, dim), draw.shape[0] == 1
         if of_r is not None:
             draw = of_r.value()
@@ -90,7 +91,11 @@ class Site(nn.Module):
 
     def scale_inputs(self, x: Tensor, dim: int = -1) -> Tensor:
         """The perturbed inputs, with the channels of x [N, ...] in dimension `dim`."""
-        return x if self.s is None else self.enter(x, self._rows(self.s.value(), x, dim))
+        if self.s is None:
+            return x
+        draw = self.s.value()
+        check_channels(x, dim, draw.shape[1])
+        return self.enter(x, self._rows(draw, x, dim))
 
     def scale_outputs(self, y: Tensor, bias: Tensor | None, dim: int = -1, part: slice = _ALL) -> Tensor:
         """The perturbed outputs for y [N, ...] = W (…) without its bias, which is added; or a part of the outputs."""
@@ -183,6 +188,15 @@ def rows_of(draw: Tensor, x: Tensor, dim: int, batch_dim: int = 0) -> Tensor:
     shape = [1] * x.dim()
     shape[batch_dim], shape[dim] = draw.shape
     return (draw if batch_dim <= dim % x.dim() else draw.t()).view(shape)
+
+
+def check_channels(x: Tensor, dim: int, channels: int) -> None:
+    """Raise `DataError` for an input of another size: a single channel would be multiplied by every element of s."""
+    if x.shape[dim] != channels:
+        raise DataError(
+            f"a rank-1 layer got an input of shape {tuple(x.shape)}; expected {channels} channels in dimension "
+            f"{dim % x.dim()}."
+        )
 
 
 def _along(vector: Tensor, x: Tensor, dim: int) -> Tensor:

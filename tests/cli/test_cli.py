@@ -107,6 +107,13 @@ def test_options_are_the_fields_of_the_configs(name, cls):
         assert default == field.default, field.name
 
 
+def test_no_steps_are_an_error_and_not_all_epochs(vit, images, tmp_path):
+    result = run("finetune", vit, images, "--output", tmp_path / "run", "--steps", 0)
+    assert result.exit_code == 1
+    assert "steps" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_recipe_stands_where_nothing_is_typed(vit, images, tmp_path):
     options = ["--recipe", "imagenet-cauchy", "--members", 2, "--batch-size", 6, "--steps", 2, "--milestones", 0.5]
     typed = ["--posterior", "cauchy", "--no-member-bias", "--eval-samples", 0, "--learning-rate", 0.01]
@@ -362,7 +369,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(trained, vit, ima
         patch.setattr(FineTuner, "_save", interrupted)
         result = run(*arguments)
     assert result.exit_code == 130
-    assert "--resume" in result.stderr
+    assert "--resume goes on from the last checkpoint" in result.stderr
     assert not (tmp_path / "run" / "bayesify_config.json").exists()
     before = tree(tmp_path / "run")
     refused = run(*arguments)

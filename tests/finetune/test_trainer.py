@@ -394,6 +394,12 @@ def test_the_same_tuner_goes_on_with_one_optimizer(tmp_path: Path) -> None:
     assert tuner.fit(resume=True).steps == 2
 
 
+def test_no_checkpoint_is_promised_before_there_is_one(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="the loss is nan at step 1 ") as caught:
+        tune(network(), tmp_path, examples=FailsAfter(0, math.nan), eval_every=2)
+    assert "checkpoint" not in str(caught.value)
+
+
 def test_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(tmp_path: Path) -> None:
     bnn = network()
     with pytest.raises(TrainingError, match=r"the loss is nan at step 6 .*Its batch holds NaN.*is kept"):
@@ -480,9 +486,11 @@ def test_spoiled_checkpoint_is_an_error_that_changes_nothing(tmp_path: Path, nam
     assert bnn.expansion == "replicate"
 
 
-@pytest.mark.parametrize("options", [{"kl_reduction": "sum"}, {"prior_scale": 0.3}, {"noise": "member"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"kl_reduction": "sum"}, {"prior_scale": 0.3}, {"noise": "member"}, {"members": 3}], ids=str
+)
 def test_resuming_with_another_conversion_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
-    """Options that change no parameter, only what is trained for."""
+    """Options that change no parameter, only what is trained for, and one that changes them all."""
     tune(network(), tmp_path, steps=2)
     with pytest.raises(FormatError, match="was written with rank1="):
         tune(network(**options), tmp_path, resume=True, steps=2)

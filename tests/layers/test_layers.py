@@ -129,6 +129,44 @@ def test_all_windows_of_an_example_share_its_draw(windows: int) -> None:
     assert not torch.allclose(found[0], found[B])
 
 
+class Matrix(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(4, 5), (4,)),
+        (nn.Conv2d(4, 5, 3), (4, 6, 6)),
+        (nn.Conv2d(4, 5, 3, padding="same", padding_mode="circular"), (4, 6, 6)),
+        (nn.LSTM(4, 5, batch_first=True), (6, 4)),
+        (nn.GRU(4, 5, batch_first=True), (6, 4)),
+        (nn.GRUCell(4, 5), (4,)),
+        (nn.MultiheadAttention(4, 2, batch_first=True), (6, 4)),
+        (Matrix(), (4,)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_inputs_of_other_sizes_are_refused_and_not_spread(
+    layer: nn.Module, shape: tuple[int, ...], channels: int
+) -> None:
+    """A single channel times the elements of s would have the right size."""
+    bnn = bayesify(copy.deepcopy(layer), members=K, init_scale=0.3)
+    copies = 3 if isinstance(layer, nn.MultiheadAttention) else 1
+    right = torch.randn(B, *shape)
+    wrong = right.narrow(shape.index(4) + 1, 0, channels)
+    bnn.eval()(*[right] * copies)
+    for mode in (True, False):
+        with pytest.raises((ValueError, RuntimeError, AssertionError)):
+            bnn.train(mode)(*[wrong] * copies)
+
+
 def test_rows_that_fit_no_draw_are_refused() -> None:
     bnn = convert(nn.Sequential(nn.Linear(5, 3)), "example")
     bnn(torch.randn(B, 5))

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bayesify import bayesify
 from bayesify.layers import PackedLinear, matmul
 
 N, IN, OUT = 96, 64, 128  # enough multiplications for oneDNN
@@ -155,3 +157,18 @@ def test_a_layer_exports_as_a_plain_one() -> None:
 def test_the_maker_of_a_processor(text: str, maker: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: text)
     assert matmul._maker() == maker
+
+
+@pytest.mark.parametrize("shape", [(IN,), (3, IN)], ids=["rows", "positions"])
+@pytest.mark.parametrize("few", [False, True], ids=["oneDNN", "columns"])
+def test_outputs_may_be_changed_in_place(few: bool, shape: tuple[int, ...], request: pytest.FixtureRequest) -> None:
+    noted: list[Any] = request.getfixturevalue("by_columns" if few else "in_onednn")
+    x = torch.randn(4 if few else 48, *shape)
+    found = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        bnn = bayesify(nn.Sequential(nn.Linear(IN, OUT), nn.ReLU(inplace)), members=2).train()
+        bnn(x).sum().backward()
+        found.append([parameter.grad for parameter in bnn.parameters()])
+    assert noted
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
