@@ -168,7 +168,8 @@ def add_to_loss(output: Any, value: Tensor) -> Any:
     if not isinstance(output, Mapping) or output.get("loss") is None:
         raise DataError(
             "the network was to add the KL to its own loss, but computed none. Give it the labels (label smoothing and "
-            "loss functions of a trainer's own leave them out), or use bayesify's ELBO or FineTuner."
+            "loss functions of a trainer's own leave them out), or use bayesify's ELBO or FineTuner. After a training "
+            "that was interrupted, set kl_weight of the model to 0."
         )
     output["loss"] = output["loss"] + value  # type: ignore[index]
     return output

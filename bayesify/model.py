@@ -215,6 +215,10 @@ class BayesianModel(nn.Module):
         """Not supported: the factors of the head would be lost."""
         raise BayesifyError("token embeddings are resized before the conversion: call unload(), resize, convert anew.")
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported: the factors of the adapter would be lost."""
+        raise BayesifyError("adapters are merged before the conversion: call unload(), merge_adapter, convert anew.")
+
     def reset_classifier(self, *args: Any, **kwargs: Any) -> Any:
         """Not supported: the factors of the head would be lost."""
         raise BayesifyError("a head is changed before the conversion: call unload(), reset_classifier, convert anew.")

@@ -68,6 +68,8 @@ class Passes:
         self.draws.check()
         self.strategies = Strategies(model)
         self.parting = Parting(model)
+        self._seen_one = False
+        """Whether members were compared on a single example alone, whose rows cannot change places."""
 
     def forget(self) -> None:
         """What was seen of the network's structure."""
@@ -211,17 +213,25 @@ class Passes:
 
     def _verify(self, strategy: Strategy, cut: Cut, rows: Rows, args: Any, kwargs: Any) -> None:
         everyone, batch = slice(0, self._members), rows.batch_size(args, kwargs)
+
+        def outputs(where: Cut | None) -> Tensor:
+            return rows.outputs(self._pass(_Run(rows, args, kwargs, batch, where, [everyone]), everyone, None))
+
         with evaluating(self._model), full_float32(), torch.no_grad():
-            early, late = (
-                rows.outputs(self._pass(_Run(rows, args, kwargs, batch, where, [everyone]), everyone, None))
-                for where in (None, cut)
-            )
+            early = outputs(None)
+            try:
+                late = outputs(cut)
+                same = early.shape == late.shape and torch.allclose(early, late, *_close(early))
+            except Exception:
+                same = False
         strategy.verified = True
-        if early.shape != late.shape or not torch.allclose(early, late, *_close(early)):
-            self._report.notes.append(
-                f"members could not part at {cut.at!r}: the code after it treats rows differently"
-            )
-            strategy.cut = None
+        if not same:
+            self._part_at_once(strategy, cut)
+
+    def _part_at_once(self, strategy: Strategy, cut: Cut) -> None:
+        """Give up a cut."""
+        strategy.cut = None
+        self._report.notes.append(f"members could not part at {cut.at!r}: the code after it treats rows differently")
 
     @around
     def settled(self, call: Callable[[], T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
@@ -233,6 +243,8 @@ class Passes:
         try:
             if self._report.unsettled:
                 self._settle(args, kwargs)
+                self._check_separate(args, kwargs)
+            elif self._seen_one and Rows(self._model).batch_size(args, kwargs) > 1:
                 self._check_separate(args, kwargs)
             return self._retried(call, args, kwargs)
         except RuntimeError as error:
@@ -251,6 +263,27 @@ class Passes:
             if not self._settle(args, kwargs):
                 raise
             return call()
+        except Exception:
+            # That members part late may have been verified on other values: masks without padding, say.
+            strategy = self._known_strategy(args, kwargs)
+            cut = None if strategy is None else strategy.cut
+            if strategy is None or cut is None:
+                raise
+            strategy.cut = None
+            try:
+                result = call()
+            except Exception:
+                strategy.cut = cut  # it was something else
+                raise
+            self._part_at_once(strategy, cut)
+            return result
+
+    @outside
+    def _known_strategy(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Strategy | None:
+        try:
+            return self.strategies.of(args, kwargs)
+        except Exception:
+            return None
 
     @outside
     def _settle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -305,9 +338,13 @@ class Passes:
         with evaluating(self._model), full_float32(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             try:
                 both, alone = outputs(0), outputs(1)
+            except RowsError:
+                self._report.unsettled = True
+                raise
             except Exception:
                 return  # the call itself will say why
-            separate = both.shape == alone.shape or _holds_second(both, alone)
+            self._seen_one = batch == 1
+            separate = _holds_second(both, alone)
             if not torch.equal(before, torch.get_rng_state()):
                 torch.set_rng_state(before)  # random in evaluation, too: not to be compared
                 return
@@ -325,7 +362,8 @@ class Passes:
         raise RowsError(
             f"members are mixed in {name!r}: computed together, they give other outputs than one by one. The rows of "
             "its input do not lie member by member: it is the same for all examples, or the data of a packed sequence, "
-            "or has its time before its batch in one dimension. Put the batch first, or leave it out with exclude=."
+            "or was sorted, or has its time before its batch. Put the batch first, have pack_padded_sequence sort "
+            "(enforce_sorted=False), or leave the layer out with exclude=."
         )
 
     @contextmanager

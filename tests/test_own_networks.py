@@ -195,6 +195,40 @@ class HourMajor(Records):
         return super().forward(rows.view(x.shape[1], x.shape[0], CHANNELS).transpose(0, 1))
 
 
+class HoursFirst(Records):
+    """Of [time, batch, channels], by the defaults of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(CHANNELS, 8)
+
+
+@pytest.mark.parametrize("members", [2, 3, 4])
+@pytest.mark.parametrize("shape", [(HOURS, PATIENTS), (PATIENTS, HOURS), (9, 8), (9, 9)])
+def test_hours_before_patients_are_refused(shape: tuple[int, int], members: int) -> None:
+    bnn = bayesify(HoursFirst().eval(), members=members, init_scale=0.5)
+    for call in (bnn.predict, bnn, bnn.train()):
+        with pytest.raises(RowsError):
+            call(torch.randn(*shape, CHANNELS))
+
+
+class SortedByHand(Records):
+    def forward(self, x: Tensor, lengths: Any) -> Tensor:
+        lengths, order = lengths.sort(descending=True)
+        packed = pack_padded_sequence(x[order], lengths, batch_first=True)
+        return self.head(self.rnn(packed)[1][0][-1][order.argsort()])
+
+
+def test_sorted_rows_are_seen_after_a_first_call_of_one_example(x: Tensor) -> None:
+    bnn = bayesify(SortedByHand().eval(), members=3, init_scale=0.5)
+    alone = bnn.predict(x[:1], LENGTHS[:1]).outputs
+    for k in range(3):
+        torch.testing.assert_close(alone[k, 0], bnn.merge(k)(x[:1], LENGTHS[:1]))
+    for _ in range(2):
+        with pytest.raises(RowsError, match=r"members are mixed in 'rnn'.*or was sorted"):
+            bnn.predict(x, LENGTHS)
+
+
 @pytest.mark.parametrize("network", [PackedData, HourMajor])
 def test_rows_that_are_not_member_by_member_are_refused(x: Tensor, network: Any) -> None:
     bnn = bayesify(network(), members=3, init_scale=0.5, noise="member").eval()

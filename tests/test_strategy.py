@@ -9,7 +9,14 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from bayesify import BayesianModel, bayesify, cost
 from bayesify.cost import Work, Workload
@@ -236,3 +243,37 @@ def test_choices_are_remembered_for_as_many_sizes_as_memory_is_given(monkeypatch
     assert not calls
     workload.members_at_once(4, 1, single=False)
     assert calls == [1, 1, 1]
+
+
+@pytest.mark.parametrize("first", ["whole", "padded", "training"])
+def test_a_cut_that_only_padding_shows_to_be_none_is_given_up(first: str) -> None:
+    """transformers looks at the values of masks: without padding it makes none."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = ElectraConfig(vocab_size=96, embedding_size=16, **sizes)
+    bnn = bayesify(ElectraForSequenceClassification(config).eval(), members=3, init_scale=0.3)
+    ids, mask = torch.randint(5, 90, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    if first == "whole":
+        bnn(input_ids=ids, attention_mask=mask)
+        assert not bnn.report.notes
+    mask[1, 3:] = 0
+    if first == "training":
+        bnn.train()(input_ids=ids, attention_mask=mask, labels=torch.tensor([0, 1])).loss.backward()
+    outputs = bnn.eval().predict(input_ids=ids, attention_mask=mask).outputs
+    assert "could not part at 'electra.embeddings_project'" in bnn.report.notes[-1]
+    for k in range(3):
+        expected = bnn.merge(k)(input_ids=ids, attention_mask=mask).logits
+        torch.testing.assert_close(outputs[k, 0], expected)
+    with pytest.raises(IndexError):
+        bnn(input_ids=ids + 96)
+
+
+def test_a_cut_outlives_calls_that_fail_for_other_reasons() -> None:
+    bnn = bayesify(timm.create_model("test_resnet", num_classes=3), members=2, sites="head").eval()
+    x = torch.randn(2, 3, 32, 32)
+    bnn.predict(x)
+    with pytest.raises(RuntimeError):
+        bnn.predict(x[:, :1])
+    strategy = bnn.passes.strategies.of((x,), {})
+    assert strategy.cut is not None
+    assert not bnn.report.notes

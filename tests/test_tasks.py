@@ -376,6 +376,10 @@ def test_answers_of_questions_are_two_distributions() -> None:
     y = torch.randint(7, (B, 2))
     log_probs = torch.stack([output.start_logits, output.end_logits], 1)
     torch.testing.assert_close(found.nll(y), F.nll_loss(log_probs.flatten(0, 1), y.flatten()))
+    named = {"input_ids": ids, "start_positions": y[:, 0], "end_positions": y[:, 1]}
+    for batch in (named, {"input_ids": ids, "labels": y}):
+        measured = evaluate(bnn, [batch]).metrics["bayesian"]["nll"]
+        assert measured == pytest.approx(float(found.nll(y)), rel=1e-5)
 
 
 def test_objects_have_no_mean() -> None:

@@ -45,7 +45,8 @@ def collect(
             [B, C], alone or as `.logits`, which counts as K = S = 1. Run in eval mode, every mode restored after.
         batches: mappings of keyword inputs, labels under "labels"; or tuples (inputs ..., labels); or inputs
             alone, as a tensor, (inputs,) or (inputs ..., None). Labels are not shown to the model. Those of a mapping
-            for a causal language model are of each token itself, as transformers has them, and shifted here.
+            for a causal language model are of each token itself, as transformers has them, and shifted here; those
+            of question answering may be its "start_positions" and "end_positions".
         samples: draws per member; None is the posterior mean.
         member_chunk: members computed at a time; None is as many as are expected to cost least.
         seed: batch i is predicted with seed + i, so the same batches give the same numbers.
@@ -71,6 +72,8 @@ def collect(
     with evaluating(model), torch.no_grad():
         for index, batch in enumerate(_tracked(batches, description, progress)):
             args, kwargs, target = split_batch(batch)
+            if target is None and kwargs.keys() >= {"start_positions", "end_positions"}:
+                target = torch.stack([kwargs.pop("start_positions"), kwargs.pop("end_positions")], 1)
             if not labeled:
                 target = None
             if shifts and isinstance(batch, Mapping) and target is not None and target.dim() == 2:

@@ -170,6 +170,8 @@ class FineTuner:
             if bayesian:
                 self.model.expansion = config.expand  # type: ignore[assignment]
                 self.model.temperature, self.model.conformal = 1.0, None  # type: ignore[assignment]
+                # One that the interrupted loop of another trainer left; here the objective adds the KL.
+                self.model.kl_weight = 0.0  # type: ignore[assignment]
             with TrainingLog(accelerator, path, progress["step"], self.total_steps, self.progress) as log:
                 for step in range(progress["step"], self.total_steps):
                     start_training(model, freeze_batch_norm=config.freeze_batch_norm)

@@ -42,6 +42,11 @@ def check_supported(
 
 def _check_model(model: Any) -> None:
     name = type(model).__name__
+    if hasattr(model, "get_base_model"):
+        raise BayesifyError(
+            f"{name} wraps the network that generates text: convert that one, peft_model.get_base_model(), which has "
+            "the adapters in it."
+        )
     if not isinstance(model, _MIXIN) or not model.can_generate():
         raise BayesifyError(
             f"{name} cannot generate text; expected a transformers model with a language modeling head, such as those "

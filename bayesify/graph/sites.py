@@ -40,6 +40,7 @@ def find_sites(model: nn.Module, config: Rank1Config, inputs: Inputs | None = No
     _check_linear(plan)
     _apply_patterns(plan, config, candidates, chosen)
     _settle_attention(model, plan)
+    _settle_replaced(model, plan)
     _settle_surroundings(model, plan)
     if not plan.layers:
         kinds = sorted(
@@ -210,6 +211,16 @@ def _settle_attention(model: nn.Module, plan: Plan) -> None:
             for own, parameter in module.named_parameters(prefix=name, recurse=False):
                 if parameter.dim() > 1 and rank1_class(type(module)) is None:
                     plan.skipped[own] = f"{type(module).__name__} has a forward of its own, with attention in it"
+
+
+def _settle_replaced(model: nn.Module, plan: Plan) -> None:
+    """Layers whose code is not that of their class, or whose weights somebody else reads."""
+    for name, module in model.named_modules():
+        if name in plan.layers and "forward" in vars(module):
+            for weight in list(plan.functional.get(name, ["weight"])):
+                plan.drop(name, weight, "its forward was replaced on the object itself, as hooks of accelerate do")
+        if len(getattr(module, "lora_magnitude_vector", ())):
+            plan.skip(join(name, "base_layer"), "DoRA takes the norm of its weight")
 
 
 def _settle_surroundings(model: nn.Module, plan: Plan) -> None:

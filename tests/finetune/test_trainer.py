@@ -386,6 +386,13 @@ def test_a_validation_without_a_number_is_never_the_best(monkeypatch: pytest.Mon
     assert (result.best_nll, result.best_step) == (1.1, 3)
 
 
+def test_a_weight_of_the_kl_that_another_loop_left_is_not_added_as_well() -> None:
+    left, clean = network(), network()
+    left.kl_weight = 0.5
+    assert without_time(tune(left).history) == without_time(tune(clean).history)
+    assert left.kl_weight == 0.0
+
+
 def test_the_same_tuner_goes_on_with_one_optimizer(tmp_path: Path) -> None:
     config = FineTuneConfig(steps=2, batch_size=4)
     tuner = FineTuner(network(), data(), None, config, output=tmp_path, progress=False)

@@ -3,13 +3,17 @@ traced, returned to callers."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import SwinTransformer
 
-from bayesify import bayesify
+from bayesify import BayesifyError, bayesify
 
 
 class Regions(nn.Module):
@@ -112,6 +116,35 @@ def test_torchvisions_windowed_attention_keeps_all_its_layers() -> None:
     assert not torch.allclose(outputs[0], outputs[1])
     for k in range(2):
         torch.testing.assert_close(outputs[k, 0], bnn.merge(k)(x))
+
+
+def test_a_layer_whose_forward_was_replaced_is_left_out() -> None:
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    add_hook_to_module(network[2], ModelHook())
+    bnn = bayesify(network, members=2, init="normal")
+    assert set(bnn.report.converted) == {"0", "4"}
+    assert "replaced on the object itself" in bnn.report.skipped["2"]
+    x = torch.randn(3, 4)
+    for k in range(2):
+        torch.testing.assert_close(bnn.predict(x).outputs[k, 0], bnn.merge(k)(x))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_have_exact_members(dora: bool) -> None:
+    """DoRA takes the norm of a weight that another layer multiplies."""
+    torch.manual_seed(0)
+    network = nn.Sequential(OrderedDict(first=nn.Linear(4, 8), relu=nn.ReLU(), last=nn.Linear(8, 2)))
+    options = LoraConfig(r=2, target_modules=["first"], use_dora=dora, init_lora_weights=False)
+    x = torch.randn(3, 4)
+    bnn = bayesify(get_peft_model(network, options), members=2, init="normal", example_inputs=x).eval()
+    base = "base_model.model.first.base_layer"
+    assert (base in bnn.report.converted) is not dora
+    assert not dora or "DoRA" in bnn.report.skipped[base]
+    for k in range(2):
+        torch.testing.assert_close(bnn.predict(x).outputs[k, 0], bnn.merge(k)(x))
+    torch.testing.assert_close(bnn.fuse(weights="copies", example_inputs=x)(x), bnn(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(BayesifyError, match="before the conversion"):
+        bnn.merge_adapter()
 
 
 class Latents(nn.Module):
