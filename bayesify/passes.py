@@ -213,19 +213,13 @@ class Passes:
 
     def _verify(self, strategy: Strategy, cut: Cut, rows: Rows, args: Any, kwargs: Any) -> None:
         everyone, batch = slice(0, self._members), rows.batch_size(args, kwargs)
-
-        def outputs(where: Cut | None) -> Tensor:
-            return rows.outputs(self._pass(_Run(rows, args, kwargs, batch, where, [everyone]), everyone, None))
-
         with evaluating(self._model), full_float32(), torch.no_grad():
-            early = outputs(None)
-            try:
-                late = outputs(cut)
-                same = early.shape == late.shape and torch.allclose(early, late, *_close(early))
-            except Exception:
-                same = False
+            early, late = (
+                rows.outputs(self._pass(_Run(rows, args, kwargs, batch, where, [everyone]), everyone, None))
+                for where in (None, cut)
+            )
         strategy.verified = True
-        if not same:
+        if early.shape != late.shape or not torch.allclose(early, late, *_close(early)):
             self._part_at_once(strategy, cut)
 
     def _part_at_once(self, strategy: Strategy, cut: Cut) -> None:
@@ -264,10 +258,10 @@ class Passes:
                 raise
             return call()
         except Exception:
-            # That members part late may have been verified on other values: masks without padding, say.
+            # Code after a cut may raise, at its verification or later on other values: masks with padding, say.
             strategy = self._known_strategy(args, kwargs)
-            cut = None if strategy is None else strategy.cut
-            if strategy is None or cut is None:
+            cut = strategy.cut
+            if cut is None:
                 raise
             strategy.cut = None
             try:
@@ -279,11 +273,8 @@ class Passes:
             return result
 
     @outside
-    def _known_strategy(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Strategy | None:
-        try:
-            return self.strategies.of(args, kwargs)
-        except Exception:
-            return None
+    def _known_strategy(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Strategy:
+        return self.strategies.of(args, kwargs)
 
     @outside
     def _settle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

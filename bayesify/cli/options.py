@@ -178,12 +178,10 @@ def _value(cls: Any, name: str, value: Any) -> Any:
 @functools.cache
 def _zeros(cls: Any) -> set[str]:
     """Options of which 0, which would have no meaning, stands on the command line for the None of their text."""
-    found = set()
-    for field in dataclasses.fields(cls):
-        kind = str(field.type)
-        if "`None`" in _texts(cls).get(field.name, "") and "None" in kind:
-            found |= {field.name} if "int" in kind or field.default is not None else set()
-    return found
+    texts = _texts(cls)
+    named = [field for field in dataclasses.fields(cls) if "`None`" in texts.get(field.name, "")]
+    optional = [field for field in named if "None" in str(field.type)]
+    return {field.name for field in optional if "int" in str(field.type) or field.default is not None}
 
 
 def _texts(cls: Any) -> dict[str, str]:

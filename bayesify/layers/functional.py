@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bayesify.errors import BayesifyError, ConversionError, DataError
+from bayesify.errors import BayesifyError, ConversionError
 from bayesify.layers.gathered import Known, Pieces, taken
 from bayesify.layers.operations import Operation, arguments_of, arranged, letters, operation_of, with_argument
 from bayesify.layers.registry import Derived, Rank1Layer, derived_class, detach, replace_class
-from bayesify.layers.site import AdditiveSite, Site, repeat_rows
+from bayesify.layers.site import AdditiveSite, Site, check_channels, repeat_rows
 
 VIEWS = {
     "getitem", "t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "view", "reshape", "flatten",
@@ -182,12 +182,9 @@ class _Watched(TorchFunctionMode):
             batch = next((label for label in lx if label not in lw), batch)
         if site.s is not None:
             s = _values(site.s.value(), indices.inputs, lw, lx, batch, x)
-            summed = [d for d, label in enumerate(lx) if label in lw and label not in ly]
-            if any(x.shape[d] != s.shape[d] for d in summed):  # a single channel would be multiplied by all of s
-                raise DataError(
-                    f"a product with a parameter got an input of shape {tuple(x.shape)}; expected "
-                    f"{', '.join(f'{s.shape[d]} channels in dimension {d}' for d in summed)}."
-                )
+            for dim, label in enumerate(lx):
+                if label in lw and label not in ly:
+                    check_channels(x, dim, s.shape[dim])
             args, kwargs = with_argument(name_of(func), args, kwargs, operation.x, site.enter(x, s))
         y = func(*args, **kwargs)
         if site.r is None:
