@@ -3,8 +3,9 @@
 MKL, in which torch multiplies dense layers on x86, runs at the rate of AVX2 on AMD's processors with AVX-512;
 oneDNN, in which torch computes convolutions and recurrent layers, takes half the time there, and three quarters where
 such an instruction is carried out in two halves (measured on two generations of the EPYC). Where MKL is as wide, it
-reads a large weight several times for a few rows, as in a step of a decoder, and once if they are columns (measured on
-a Xeon).
+reads a large weight several times for a few rows, as in a step of a decoder. On Intel's processors it reads it once if
+the rows are columns (measured on a Xeon); on AMD's without AVX-512, up to seven rows take half the time as columns, and
+more of them six to nine tenths of it in oneDNN (measured on an EPYC of the third generation).
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from torch.nn import functional as F
 
 SMALLEST = 1 << 19
 """Number of multiplications below which calling oneDNN takes longer than it saves."""
-FEW_ROWS = range(8, 25)
+COLUMNS = range(8, 25)
+"""Numbers of rows that MKL multiplies with a large weight sooner as columns."""
+COLUMNS_ON_AMD, FEW_ROWS_ON_AMD = range(2, 8), range(8, 65)
+"""The same for MKL without AVX-512 on AMD's processors, and numbers of rows that oneDNN multiplies sooner there."""
 LARGE_WEIGHT = 1 << 20
 """Number of elements: more than the cache of a core holds."""
 
@@ -51,23 +55,31 @@ def packed(weight: Tensor, like: Tensor) -> Tensor:
 
 def _for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether a product of such tensors is oneDNN's, as far as it does not depend on how they lie in memory."""
-    if torch.compiler.is_compiling() or not has_wider_onednn():
+    if torch.compiler.is_compiling() or x.shape[-1] != weight.shape[1]:  # torch's error says which sizes were found
         return False
-    if x.shape[-1] != weight.shape[1]:  # torch's error says which sizes were found
-        return False
-    return x.numel() * weight.shape[0] >= SMALLEST and is_plain(x, weight, bias)
+    if has_wider_onednn():
+        sooner = x.numel() * weight.shape[0] >= SMALLEST
+    else:
+        few = weight.numel() >= SMALLEST and x.numel() // x.shape[-1] in FEW_ROWS_ON_AMD
+        sooner = few and has_onednn_on_amd()
+    return sooner and is_plain(x, weight, bias)
 
 
 def _for_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a product of such tensors, if it is MKL's, has few rows and a large weight."""
-    if torch.compiler.is_compiling() or weight.numel() < LARGE_WEIGHT or x.numel() // x.shape[-1] not in FEW_ROWS:
+    on_amd = has_onednn_on_amd()
+    if torch.compiler.is_compiling() or weight.numel() < (SMALLEST if on_amd else LARGE_WEIGHT):
+        return False
+    if x.shape[-1] != weight.shape[1] or x.numel() // x.shape[-1] not in (COLUMNS_ON_AMD if on_amd else COLUMNS):
         return False
     return torch.backends.mkl.is_available() and weight.is_contiguous() and is_plain(x, weight, bias)
 
 
 def _by_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b as the transpose of W xᵀ + b."""
-    columns = x.reshape(-1, x.shape[-1]).t().contiguous()
+    columns = x.reshape(-1, x.shape[-1]).t()
+    if columns.shape[1] not in COLUMNS_ON_AMD:
+        columns = columns.contiguous()
     y = torch.mm(weight, columns) if bias is None else torch.addmm(bias.unsqueeze(1), weight, columns)
     return _as_rows_of(x, y.t().contiguous())
 
@@ -105,7 +117,14 @@ def has_onednn() -> bool:
 @cache
 def has_wider_onednn() -> bool:
     """Whether oneDNN has AVX-512 on this processor and BLAS has not."""
-    return has_onednn() and torch.backends.mkl.is_available() and _maker() == "AuthenticAMD"
+    return has_onednn() and has_onednn_on_amd()
+
+
+@cache
+def has_onednn_on_amd() -> bool:
+    """Whether there are both oneDNN and MKL, on a processor whose maker is not MKL's."""
+    backends = torch.backends
+    return backends.mkldnn.is_available() and backends.mkl.is_available() and _maker() == "AuthenticAMD"
 
 
 def _maker() -> str:

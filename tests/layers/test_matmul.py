@@ -104,6 +104,7 @@ FEW: dict[str, Callable[[], Tensor]] = {
 def by_columns(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """BLAS is as wide, and every weight large; gives the inputs that were multiplied as columns."""
     monkeypatch.setattr(matmul, "has_wider_onednn", lambda: False)
+    monkeypatch.setattr(matmul, "has_onednn_on_amd", lambda: False)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(matmul, "LARGE_WEIGHT", IN * OUT)
     inputs: list[Tensor] = []
@@ -137,6 +138,34 @@ def test_other_products_are_not_of_columns(by_columns: list[Tensor]) -> None:
         assert torch.equal(matmul.linear(x, weight), F.linear(x, weight))
     assert torch.equal(matmul.linear(x.double(), w.double()), F.linear(x.double(), w.double()))
     assert not by_columns
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 64, 65])
+def test_few_rows_without_the_widest_instructions_on_amd(
+    rows: int, in_onednn: list[int], by_columns: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matmul, "has_onednn_on_amd", lambda: True)
+    monkeypatch.setattr(matmul, "SMALLEST", IN * OUT)
+    torch.manual_seed(0)
+    x, w, b = torch.randn(rows, IN), torch.randn(OUT, IN), torch.randn(OUT)
+    expected = F.linear(x.double(), w.double(), b.double()).float()
+    torch.testing.assert_close(matmul.linear(x, w, b), expected, rtol=1e-5, atol=1e-4)
+    assert (len(by_columns), len(in_onednn) > 0) == (rows in (2, 7), rows in (8, 64))
+    small = w[1:]
+    torch.testing.assert_close(matmul.linear(x, small, b[1:]), expected[:, 1:], rtol=1e-5, atol=1e-4)
+    assert (len(by_columns), len(in_onednn) > 0) == (rows in (2, 7), rows in (8, 64)), "a small weight is torch's"
+
+
+@pytest.mark.parametrize("on_amd", [False, True])
+def test_torch_says_which_sizes_do_not_fit(on_amd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "has_onednn_on_amd", lambda: on_amd)
+    for name in ("SMALLEST", "LARGE_WEIGHT"):
+        monkeypatch.setattr(matmul, name, 1)
+    for wider in (False, True):
+        monkeypatch.setattr(matmul, "has_wider_onednn", lambda wider=wider: wider)
+        for inputs in (0, 3):
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                matmul.linear(torch.randn(8, inputs), torch.randn(OUT, IN))
 
 
 def test_a_layer_exports_as_a_plain_one() -> None:

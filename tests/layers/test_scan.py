@@ -79,6 +79,7 @@ def test_many_steps_in_single_precision(reverse: bool, rows: int, wider: bool, m
     if wider and not torch.backends.mkldnn.is_available():
         pytest.skip("torch has no oneDNN here")
     monkeypatch.setattr(matmul, "has_wider_onednn", lambda: wider)
+    monkeypatch.setattr(matmul, "has_onednn_on_amd", lambda: wider)
     monkeypatch.setattr(matmul, "SMALLEST", 0)
     inputs = operands(rows, PACKED_STEPS, torch.float32, rows)
     expected = looped(reverse, *inputs)
