@@ -67,8 +67,10 @@ def _for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 def _for_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a product of such tensors, if it is MKL's, has few rows and a large weight."""
+    if torch.compiler.is_compiling():
+        return False
     on_amd = has_onednn_on_amd()
-    if torch.compiler.is_compiling() or weight.numel() < (SMALLEST if on_amd else LARGE_WEIGHT):
+    if weight.numel() < (SMALLEST if on_amd else LARGE_WEIGHT):
         return False
     if x.shape[-1] != weight.shape[1] or x.numel() // x.shape[-1] not in (COLUMNS_ON_AMD if on_amd else COLUMNS):
         return False
