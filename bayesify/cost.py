@@ -50,7 +50,7 @@ class Costs:
         multiply: of multiplying one element of activations by a factor.
         fold: of multiplying one element of a weight by its factors.
         fresh: of one element of memory that is had from the system, as tensors beyond `kept_bytes` are.
-        kept_bytes: size of the largest tensor whose memory is used again.
+        kept_bytes: size of the tensors from which on memory is not used again.
     """
 
     call: float
@@ -81,7 +81,7 @@ class Costs:
 
     def of_memory(self, elements: float, tensors: int = 1) -> float:
         """Seconds of getting memory for tensors of one size, with so many elements together."""
-        return self.fresh * elements if 4 * elements / max(tensors, 1) > self.kept_bytes else 0.0
+        return self.fresh * elements if 4 * elements / max(tensors, 1) >= self.kept_bytes else 0.0
 
     def folded(self, work: Work, rows: float, single: bool) -> bool:
         """Whether a layer's factors go into its weight."""

@@ -25,10 +25,10 @@ def test_a_layer_without_factors_costs_no_multiplications() -> None:
 def test_large_outputs_cost_memory_and_are_joined_if_they_come_in_parts() -> None:
     costs = Costs(call=0.0, product=0.0, weight=0.0, multiply=0.0, fold=0.0, fresh=1.0, kept_bytes=400)
     work = Work(calls=2, weight=0, inputs=0.0, outputs=100.0, products=0.0)
-    assert [costs.of_layer(work, rows, single=False) for rows in (1, 2, 3)] == [0.0, 0.0, 300.0]
+    assert [costs.of_layer(work, rows, single=False) for rows in (1, 2, 3)] == [0.0, 200.0, 300.0]
     load = Workload({"head": work}, {}, outputs=50.0)
-    assert [load.seconds(4, count, 1.0, False, costs) for count in (4, 2, 1)] == [400.0, 200.0, 200.0]
-    assert [load.seconds(4, count, 0.5, False, costs) for count in (4, 2, 1)] == [0.0, 0.0, 0.0]
+    assert [load.seconds(4, count, 1.0, False, costs) for count in (4, 2, 1)] == [400.0, 600.0, 200.0]
+    assert [load.seconds(4, count, 0.4, False, costs) for count in (4, 2, 1)] == [0.0, 0.0, 0.0]
 
 
 def test_the_least_of_the_totals_is_taken() -> None:
