@@ -60,8 +60,8 @@ def _for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     if has_wider_onednn():
         sooner = x.numel() * weight.shape[0] >= SMALLEST
     else:
-        few = weight.numel() >= SMALLEST and x.numel() // x.shape[-1] in FEW_ROWS_ON_AMD
-        sooner = few and has_onednn_on_amd()
+        large = has_onednn_on_amd() and weight.numel() >= SMALLEST
+        sooner = large and x.numel() // x.shape[-1] in FEW_ROWS_ON_AMD
     return sooner and is_plain(x, weight, bias)
 
 
