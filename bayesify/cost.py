@@ -49,8 +49,8 @@ class Costs:
         weight: of reading one element of a weight, and laying it out.
         multiply: of multiplying one element of activations by a factor.
         fold: of multiplying one element of a weight by its factors.
-        fresh: of one element of memory that is had from the system, as tensors beyond `kept_bytes` are.
-        kept_bytes: size of the tensors from which on memory is not used again.
+        fresh: of one element of memory that is had from the system, as tensors from `kept_bytes` on are.
+        kept_bytes: size from which on the memory of a tensor is not used again.
     """
 
     call: float

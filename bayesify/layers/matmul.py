@@ -13,6 +13,7 @@ from __future__ import annotations
 import platform
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,9 @@ LARGE_WEIGHT = 1 << 20
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b for x [..., in] and W [out, in], which may be a transposed view or packed; what `F.linear` computes."""
     packed = weight.is_mkldnn
-    if not packed and not _for_onednn(x, weight, bias):
-        return _by_columns(x, weight, bias) if _for_columns(x, weight, bias) else F.linear(x, weight, bias)
+    way = "oneDNN" if packed else _way(x, weight, bias)
+    if way != "oneDNN":
+        return _by_columns(x, weight, bias) if way == "columns" else F.linear(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if packed:
         rows = rows if _is_matrix(rows) else rows.contiguous()
@@ -48,33 +50,28 @@ def packed(weight: Tensor, like: Tensor) -> Tensor:
 
     oneDNN would lay it out anew for each of them, which takes as long as the product of a hundred rows.
     """
-    if not (_for_onednn(like, weight) and _is_matrix(weight)):
+    if not (_way(like, weight) == "oneDNN" and _is_matrix(weight)):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), like.numel() // like.shape[-1])
 
 
-def _for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether a product of such tensors is oneDNN's, as far as it does not depend on how they lie in memory."""
+def _way(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Literal["oneDNN", "columns", "torch"]:
+    """Which way to a product of such tensors is the soonest; oneDNN's also depends on how they lie in memory."""
     if torch.compiler.is_compiling() or x.shape[-1] != weight.shape[1]:  # torch's error says which sizes were found
-        return False
+        return "torch"
     if has_wider_onednn():
-        sooner = x.numel() * weight.shape[0] >= SMALLEST
+        onednn, columns = x.numel() * weight.shape[0] >= SMALLEST, False
     else:
-        large = has_onednn_on_amd() and weight.numel() >= SMALLEST
-        sooner = large and x.numel() // x.shape[-1] in FEW_ROWS_ON_AMD
-    return sooner and is_plain(x, weight, bias)
-
-
-def _for_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a product of such tensors, if it is MKL's, has few rows and a large weight."""
-    if torch.compiler.is_compiling():
-        return False
-    on_amd = has_onednn_on_amd()
-    if weight.numel() < (SMALLEST if on_amd else LARGE_WEIGHT):
-        return False
-    if x.shape[-1] != weight.shape[1] or x.numel() // x.shape[-1] not in (COLUMNS_ON_AMD if on_amd else COLUMNS):
-        return False
-    return torch.backends.mkl.is_available() and weight.is_contiguous() and is_plain(x, weight, bias)
+        on_amd = has_onednn_on_amd()
+        if weight.numel() < (SMALLEST if on_amd else LARGE_WEIGHT):
+            return "torch"
+        rows = x.numel() // x.shape[-1]
+        onednn = on_amd and rows in FEW_ROWS_ON_AMD
+        columns = rows in (COLUMNS_ON_AMD if on_amd else COLUMNS)
+        columns = columns and torch.backends.mkl.is_available() and weight.is_contiguous()
+    if not (onednn or columns) or not is_plain(x, weight, bias):
+        return "torch"
+    return "oneDNN" if onednn else "columns"
 
 
 def _by_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
